@@ -1,0 +1,3164 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""netclient-lite: the agent of netmaker-lite, one file on the standard library alone.
+
+It makes this machine a node of WireGuard mesh networks: it asks the server what the mesh looks like, compares that with what the
+machine has, and changes what differs with `wg` and `ip`, never more.
+
+    netclient_lite.py join -t TOKEN            become a node; then check in every 15 s (--daemon on, the default)
+    netclient_lite.py checkin -n all           one check-in; what cron, procd and systemd call
+    netclient_lite.py daemon                   stay, and apply changes within a second
+    netclient_lite.py status                   peers, their paths and the age of their handshakes
+    netclient_lite.py leave -n all             take everything down and forget it, also with the server gone
+
+Files: /etc/netclient/config/{netconfig,wgkey,secret,nettoken,peers}-NETWORK (0600), /var/run/netclient/ (tmpfs: counters, locks).
+It never deletes an interface to change it, never touches another WireGuard interface, never runs a command that came from the
+server, and never acts on silence: without an authenticated answer the machine stays as it is.
+
+Contents
+    WIRE        the protocol's line and MAC, HTTP over a socket, and the no-change check-in on C built-ins alone
+    IMPORTS     the standard library; requests, PyNaCl and zeroconf are imported where they are used
+    ERRORS      what can go wrong, each with its exit status
+    SETTINGS    the flags with their environment names and defaults; where the files are
+    VALUES      the named tuples that everything below speaks of
+    TOKENS      the access token, X25519, keys by label, sealing
+    PARSE       text to values: tool output, answers, addresses and names
+    PLAN        desired state and actual state to the shortest list of steps; pure
+    RUN         the only place that starts processes
+    FILES       the only place that writes files; locks
+    SYSTEM      this machine: WireGuard back ends, addresses, routes, what it looks like from outside
+    API         one membership's conversation with its server
+    RECONCILE   one check-in: exchange, plan, apply, confirm, report
+    SERVICE     what makes a check-in happen every 15 s
+    COMMANDS    join, leave, checkin, pull, push, list, status, daemon, uninstall, version
+    CLI         the table of commands, the parser, main
+"""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
+
+# ---------------------------------------------------------------------------------------------------------------------
+# WIRE
+# ---------------------------------------------------------------------------------------------------------------------
+# A check-in every 15 s is the hot path of the whole product, so this section imports C built-ins only: `import json` alone costs as
+# much as starting Python. The private names are CPython's; the public modules stand in where they are missing.
+
+import sys
+
+try:
+    import _socket
+    import posix as _os
+    from _blake2 import blake2b
+except ImportError:  # another Python than CPython: slower, not different
+    import os as _os  # type: ignore[no-redef]
+    import socket as _socket  # type: ignore[no-redef]
+    from hashlib import blake2b
+import binascii
+import errno
+import time
+
+TYPE_CHECKING = False  # typing.TYPE_CHECKING without importing typing
+if TYPE_CHECKING:
+    from typing import Any, Callable, Iterable, Mapping, Sequence
+
+PROTOCOL = "1"
+HEADER = "NM-Lite"
+EXCHANGE_PATH = "/api/agent/v1/exchange"
+JOIN_PATH = "/api/agent/v1/join"
+HELLO_PATH = "/api/agent/v1/hello"
+LOOK_PATH = "/api/agent/v1/look/"
+MAX_ANSWER = 8 << 20  # bytes; a snapshot of 10,000 peers is 2.4 MB
+HTTP_TIMEOUT = 5.0  # seconds for connecting, and again for each silence
+CHECK_EVERY = 300.0  # seconds; at least this often the machine is read and the server asked, whatever the looks say
+
+_URLSAFE = bytes.maketrans(b"+/", b"-_")
+_STANDARD = bytes.maketrans(b"-_", b"+/")
+
+
+def b64(data: bytes) -> str:
+    """base64url without padding, the form of everything binary in tokens and lines."""
+    return binascii.b2a_base64(data, newline=False).rstrip(b"=").translate(_URLSAFE).decode()
+
+
+def unb64(text: str) -> bytes:
+    """The bytes of a canonical b64 text; ValueError for anything else (two spellings of one secret would be two secrets)."""
+    try:
+        raw = text.encode("ascii")
+        data = binascii.a2b_base64(raw.translate(_STANDARD) + b"=" * (-len(raw) % 4))
+    except ValueError as bad:  # binascii.Error and UnicodeEncodeError are ValueErrors
+        raise ValueError("not base64url") from bad
+    if b64(data) != text:
+        raise ValueError("not canonical base64url")
+    return data
+
+
+def mac(key: bytes, *parts: bytes) -> str:
+    """MAC(key, part, part, …) of docs/protocol.md: keyed BLAKE2b-256 over the parts joined by line feeds, as b64."""
+    return b64(blake2b(b"\n".join(parts), key=key, digest_size=32).digest())
+
+
+def same(a: str, b: str) -> bool:
+    """Compare two MACs in constant time, without importing hmac: equal exactly if their keyed digests are."""
+    key = _os.urandom(16)
+    return blake2b(a.encode(), key=key).digest() == blake2b(b.encode(), key=key).digest()
+
+
+def signed(key: bytes, path: str, fields: Sequence[str], body: bytes = b"") -> str:
+    """The line of a request: the fields and their MAC."""
+    line = " ".join((PROTOCOL, *fields))
+    return line + " " + mac(key, b"POST " + path.encode(), line.encode(), body)
+
+
+class BadAnswer(Exception):
+    """An answer that proves nothing: no line, a wrong MAC, not HTTP, too large. Says what was seen instead."""
+
+
+class Answer:
+    """A verified answer: status, address seen, server time (unix s), interval (s), body as sent."""
+
+    __slots__ = ("address", "body", "interval", "status", "time")
+
+    def __init__(self, key: bytes, request_mac: str, line: str, body: bytes) -> None:
+        fields = line.split(" ")
+        if len(fields) != 6 or fields[0] != PROTOCOL:
+            raise BadAnswer("the answer is not signed")
+        head = " ".join(fields[:5]).encode()
+        if not same(fields[5], mac(key, head, request_mac.encode(), body)):
+            raise BadAnswer("the answer's signature is wrong: not our server, or altered on the way")
+        self.status, self.address = int(fields[1]), fields[2]
+        self.time, self.interval = int(fields[3]), int(fields[4])
+        self.body = body
+
+
+def http(
+    host: str, port: int, tls: bool, request: bytes, timeout: float = HTTP_TIMEOUT, verify: bool = False
+) -> tuple[int, dict[str, str], bytes, str]:
+    """Send one HTTP/1.0 request and read the answer to its end: (status, headers by lower-case name, body, own address).
+
+    Raises OSError when the server cannot be reached and BadAnswer when what answers is not HTTP. The deadline is for each silence
+    and eight times that in all, so that a server that drips cannot hold a check-in up.
+    """
+    end = time.monotonic() + timeout * 8
+    sock = _connected(host, port, timeout)
+    try:
+        own = sock.getsockname()[0]
+        stream: Any = sock
+        if tls:
+            stream = _wrapped(sock, host, verify)
+        stream.sendall(request)
+        data = b""
+        while True:
+            piece = stream.recv(65536)
+            if not piece:
+                break
+            data += piece
+            if len(data) > MAX_ANSWER or time.monotonic() > end:
+                raise BadAnswer("the answer is too long")
+            if _complete(data):
+                break
+        return (*_parsed(data), own)
+    finally:
+        sock.close()
+
+
+def _connected(host: str, port: int, timeout: float) -> Any:
+    """A connected socket to the first of the host's addresses that answers."""
+    failure: OSError = OSError(errno.EHOSTUNREACH, "no address")
+    # bytes, since a str host name would import encodings.idna, stringprep and re: 25 M instructions
+    for family, kind, proto, _, address in _socket.getaddrinfo(host.encode(), port, 0, _socket.SOCK_STREAM):
+        # the class as such has no close on exec by itself before 3.4 and needs none: nothing is started while it is open
+        sock = _socket.socket(family, kind, proto)
+        sock.settimeout(timeout)
+        try:
+            sock.connect(address)
+            return sock
+        except OSError as problem:
+            sock.close()
+            failure = problem
+    raise failure
+
+
+def _wrapped(sock: Any, host: str, verify: bool) -> Any:
+    """TLS over a connected socket. With a pinned server key the certificate proves nothing more, so it is not asked for."""
+    import socket
+    import ssl
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if verify:
+        context.load_default_certs()
+    else:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    timeout = sock.gettimeout()
+    wrapped = socket.socket(fileno=_os.dup(sock.fileno()))
+    wrapped.settimeout(timeout)
+    return context.wrap_socket(wrapped, server_hostname=host)
+
+
+def _complete(data: bytes) -> bool:
+    """Whether the headers name a length and the body has it (else the end of the connection is the end)."""
+    head, found, body = data.partition(b"\r\n\r\n")
+    if not found:
+        return False
+    if head.split(b" ", 2)[1:2] == [b"204"]:
+        return True
+    at = head.lower().find(b"\r\ncontent-length:")
+    length = head[at + 17 :].split(b"\r\n", 1)[0].strip() if at >= 0 else b""
+    return length.isdigit() and len(body) >= int(length)
+
+
+def _parsed(data: bytes) -> tuple[int, dict[str, str], bytes]:
+    head, found, body = data.partition(b"\r\n\r\n")
+    lines = head.split(b"\r\n")
+    first = lines[0].split(b" ", 2)
+    if not found or len(first) < 2 or not first[0].startswith(b"HTTP/") or not first[1].isdigit():
+        raise BadAnswer("what answers there does not speak HTTP")
+    headers = {}
+    for line in lines[1:]:
+        name, _, value = line.decode("latin-1").partition(":")
+        headers[name.strip().lower()] = value.strip()
+    length = headers.get("content-length", "")
+    if length.isdigit():
+        if len(body) < int(length):
+            raise BadAnswer("the answer was cut off")
+        body = body[: int(length)]
+    return int(first[1]), headers, body
+
+
+def post(host: str, port: int, prefix: str, path: str, line: str, body: bytes = b"") -> bytes:
+    """The bytes of a POST with our line. HTTP/1.0: no chunks, and the connection's end is the answer's."""
+    name = f"[{host}]" if ":" in host else host
+    head = "POST %s%s HTTP/1.0\r\nHost: %s:%d\r\n%s: %s\r\nContent-Length: %d\r\n\r\n"
+    return (head % (prefix, path, name, port, HEADER, line, len(body))).encode() + body
+
+
+def label_key(z: bytes, label: str, agent: bytes, server: bytes, network: str) -> bytes:
+    """key(label) of docs/protocol.md, from the shared X25519 secret, both public keys and the network's name."""
+    text = b"netmaker-lite 1 " + label.encode() + b"\0" + agent + server + network.encode()
+    return blake2b(text, key=z, digest_size=32).digest()
+
+
+class Secret:
+    """`secret-NETWORK`: who we are to one server. One line of text, since the no-change check-in cannot afford json."""
+
+    __slots__ = ("agent", "look", "network", "node", "pin", "z")
+
+    def __init__(self, network: str, node: str, look: str, agent: bytes, z: bytes, pin: bytes) -> None:
+        self.network, self.node, self.look, self.agent, self.z, self.pin = network, node, look, agent, z, pin
+
+    @classmethod
+    def parse(cls, network: str, text: str) -> Secret:
+        """ValueError for a damaged file."""
+        version, node, look, agent, z, pin = text.split()
+        if version != PROTOCOL:
+            raise ValueError("written by another version")
+        return cls(network, node, look, unb64(agent), unb64(z), unb64(pin))
+
+    def text(self) -> str:
+        return " ".join((PROTOCOL, self.node, self.look, b64(self.agent), b64(self.z), b64(self.pin))) + "\n"
+
+    def key(self, label: str) -> bytes:
+        return label_key(self.z, label, self.agent, self.pin, self.network)
+
+
+class Counters:
+    """`NETWORK.state` on tmpfs: what changes at every check-in. Lost at a reboot, and made anew without harm."""
+
+    __slots__ = ("due", "epoch", "incarnation", "interface", "local", "mark", "mode", "sequence", "server", "word")
+
+    def __init__(self, text: str = "") -> None:
+        fields = text.split()
+        if len(fields) != len(self.__slots__):
+            fields = ["-", "0", "-1", "-", "p", "-", "0", "-", "-", "-"]
+        self.incarnation, self.epoch, self.sequence, self.word = fields[0], int(fields[1]), int(fields[2]), fields[3]
+        self.mode, self.server, self.due, self.mark = fields[4], fields[5], float(fields[6]), fields[7]
+        self.interface, self.local = fields[8], fields[9]
+
+    def text(self) -> str:
+        fields = (self.incarnation, self.epoch, self.sequence, self.word, self.mode)
+        more = (self.server, f"{self.due:.0f}", self.mark, self.interface, self.local)
+        return " ".join(map(str, fields + more)) + "\n"
+
+    def line(self, secret: Secret, node: str = "", challenge: str = "-", body: bytes = b"") -> str:
+        """The line of an exchange; the caller has taken the next sequence number."""
+        number = "%d.%d" % (self.epoch, self.sequence)
+        head = (node or secret.node, self.mode, self.incarnation, number, challenge, self.word)
+        return signed(secret.key("request mac"), EXCHANGE_PATH, (*head, b64(_os.urandom(16))), body)
+
+
+def split_url(url: str) -> tuple[bool, str, int, str]:
+    """(tls, host, port, path prefix) of http[s]://host[:port][/prefix]; ValueError when it is something else."""
+    scheme, found, rest = url.partition("://")
+    place, _, prefix = rest.partition("/")
+    if not found or scheme not in ("http", "https"):
+        raise ValueError(f"{url!r} is not an http:// or https:// address")
+    host, _, port = place.rpartition(":") if not place.endswith("]") and ":" in place else (place, "", "")
+    if not host or (port and not port.isdigit()) or not 0 < int(port or 80) < 65536:
+        raise ValueError(f"{url!r} is not an http:// or https:// address")
+    tls = scheme == "https"
+    return tls, host.strip("[]"), int(port or (443 if tls else 80)), "/" + prefix.rstrip("/") if prefix else ""
+
+
+def read_text(path: str) -> str:
+    """The text of a small file, "" when it is not there."""
+    try:
+        handle = _os.open(path, _os.O_RDONLY | _os.O_CLOEXEC)
+    except OSError:
+        return ""
+    try:
+        data = b""
+        while True:
+            piece = _os.read(handle, 65536)
+            if not piece:
+                return data.decode("utf-8", "replace")
+            data += piece
+    finally:
+        _os.close(handle)
+
+
+def write_volatile(path: str, text: str) -> None:
+    """Replace a file on tmpfs: by rename, so that no reader sees half of it, and without fsync, which tmpfs has no use for."""
+    flags = _os.O_WRONLY | _os.O_CREAT | _os.O_TRUNC | _os.O_CLOEXEC
+    handle = _os.open(path + ".tmp", flags, 0o600)
+    try:
+        _os.write(handle, text.encode())
+    finally:
+        _os.close(handle)
+    _os.rename(path + ".tmp", path)
+
+
+def lock(path: str, wait: bool = False) -> int | None:
+    """Take the lock file; its descriptor, or None when another run has it. The kernel lets go of it with the process."""
+    import fcntl
+
+    handle = _os.open(path, _os.O_RDWR | _os.O_CREAT | _os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return handle
+    except OSError:
+        _os.close(handle)
+        return None
+
+
+def machine_mark(interface: str) -> str:
+    """A hash of what the kernel shows without a child process: the interface, its routes and addresses, the default routes.
+
+    An address flushed or a route removed by hand shows in /proc/net/route and ipv6_route; counters in them are left out.
+    """
+    seen = [line.split(":")[0].strip() for line in read_text("/proc/net/dev").split("\n") if interface + ":" in line]
+    for line in read_text("/proc/net/route").split("\n"):
+        word = line.split()
+        if len(word) > 7 and (word[0] == interface or word[1] == word[7] == "00000000"):
+            seen.append(" ".join((word[0], word[1], word[2], word[3], word[7])))
+    for line in read_text("/proc/net/if_inet6").split("\n"):
+        word = line.split()
+        if len(word) > 5 and word[5] == interface:
+            seen.append(word[0] + word[2])
+    for line in read_text("/proc/net/ipv6_route").split("\n"):
+        word = line.split()
+        if len(word) > 9 and word[9] != "lo" and (word[9] == interface or word[1] == "00"):
+            seen.append(" ".join((word[0], word[1], word[4], word[9])))
+    return b64(blake2b("\n".join(sorted(seen)).encode(), digest_size=8).digest())
+
+
+def root_folder() -> str:
+    """NETCLIENT_ROOT: another place for the whole tree (tests, containers); "" is /."""
+    environment: Any = getattr(_os, "environb", _os.environ)
+    return str(environment.get(b"NETCLIENT_ROOT", b"").decode()).rstrip("/")
+
+
+HANDED_OVER: dict[str, tuple[int, Answer | None]] = {}  # networks the quick pass has locked, and the answer that it got
+
+
+def glance(network: str) -> bool:
+    """The no-change check-in of one network: one request, one answer of 204, no child process. False: it wants a full one."""
+    root = root_folder()
+    held = lock(root + "/var/run/netclient/" + network + ".lock")
+    if held is None:
+        return True
+    HANDED_OVER[network] = (held, None)
+    path = root + "/var/run/netclient/" + network + ".state"
+    counters = Counters(read_text(path))
+    left = counters.due - time.monotonic()
+    if not 0 < left <= CHECK_EVERY or counters.mark != machine_mark(counters.interface):
+        return False
+    secret = Secret.parse(network, read_text(root + "/etc/netclient/config/secret-" + network))
+    tls, host, port, prefix = split_url(counters.server)
+    counters.sequence += 1
+    write_volatile(path, counters.text())
+    line = counters.line(secret)
+    _, headers, body, own = http(host, port, tls, post(host, port, prefix, EXCHANGE_PATH, line))
+    answer = Answer(secret.key("answer mac"), line.rpartition(" ")[2], headers.get(HEADER.lower(), ""), body)
+    if answer.status == 204 and own == counters.local:
+        del HANDED_OVER[network]
+        _os.close(held)
+        return True
+    HANDED_OVER[network] = (held, answer)
+    return False
+
+
+def proxy_is_set() -> bool:
+    """Whether the environment names an HTTP proxy."""
+    environment: Any = getattr(_os, "environb", _os.environ)
+    return any(environment.get(name) for name in (b"http_proxy", b"https_proxy", b"HTTPS_PROXY", b"all_proxy", b"ALL_PROXY"))
+
+
+def quick_checkin(arguments: Sequence[str]) -> bool:
+    """`checkin [-n NETWORK|all]` where nothing is new: True, and the process may end. Whatever is unusual is left to the rest."""
+    wanted = list(arguments[1:])
+    if (
+        arguments[:1] != ["checkin"]
+        or wanted[:1] not in ([], ["-n"], ["--network"])
+        or len(wanted) not in (0, 2)
+        or proxy_is_set()
+    ):
+        return False
+    try:
+        names = [name[7:] for name in _os.listdir(root_folder() + "/etc/netclient/config") if name.startswith("secret-")]
+        names = names if wanted[1:] in ([], ["all"]) else [name for name in names if name == wanted[1]]
+        return bool(names) and not [name for name in sorted(names) if not glance(name)]
+    except (BadAnswer, OSError, ValueError):
+        return False
+
+
+if __name__ == "__main__":
+    if quick_checkin(sys.argv[1:]):
+        _os._exit(0)
+    if sys.flags.no_site:  # `python3 -I -S`, as launchers start it: the rest may want PyNaCl
+        import site
+
+        site.main()
+
+# ---------------------------------------------------------------------------------------------------------------------
+# IMPORTS
+# ---------------------------------------------------------------------------------------------------------------------
+# Only what OpenWrt's python3-light and python3-openssl hold: no urllib, http.client, logging, uuid, pathlib, tempfile.
+
+import argparse
+import contextlib
+import ipaddress
+import json
+import os
+import re
+import signal
+import subprocess
+import threading
+from enum import IntEnum
+from typing import NamedTuple
+
+# ---------------------------------------------------------------------------------------------------------------------
+# ERRORS
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ExitStatus(IntEnum):
+    """What the process returns: 0 also for pending, locked by another run, nothing joined."""
+
+    OK = 0
+    FAILED = 1
+    USAGE = 2
+
+
+class NetclientError(Exception):
+    """An expected failure: one sentence with cause and cure for the user, no traceback."""
+
+    status = ExitStatus.FAILED
+
+
+class UsageError(NetclientError):
+    """The command line asks for something that makes no sense."""
+
+    status = ExitStatus.USAGE
+
+
+class Invalid(NetclientError, ValueError):
+    """A value from outside (token, file, answer, flag) is not what it must be."""
+
+    status = ExitStatus.USAGE
+
+
+class Unreachable(NetclientError):
+    """No server of the list gave an answer that proves itself: nothing may change."""
+
+
+class Refused(NetclientError):
+    """The genuine server said no. `answer` is what it said; `code` its HTTP status."""
+
+    def __init__(self, code: int, sentence: str, answer: Mapping[str, Any] | None = None) -> None:
+        super().__init__(sentence)
+        self.code, self.answer = code, answer or {}
+
+
+class CommandFailed(NetclientError):
+    """A program that we started returned another status than 0, or is not there."""
+
+    def __init__(self, argv: Sequence[str], code: int, stderr: str) -> None:
+        said = stderr.strip().splitlines()[-1] if stderr.strip() else "no message"
+        super().__init__("`%s` failed (status %d): %s" % (" ".join(argv[:8]), code, said))
+        self.code, self.stderr = code, stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# TOKENS
+# ---------------------------------------------------------------------------------------------------------------------
+# What server and agent must agree on. The server imports it from here.
+
+CURVE_P = 2**255 - 19
+KEY_BYTES = 32
+
+
+class Token(NamedTuple):
+    """An access token opened: server addresses in the order to try, the pinned key or b"", the network, "id.secret" or ""."""
+
+    servers: tuple[str, ...]
+    pin: bytes
+    network: str
+    key: str
+
+
+def _sum(raw: str) -> str:
+    return blake2b(raw.encode(), digest_size=4).hexdigest()
+
+
+def make_token(token: Token) -> str:
+    """The text of a token: b64 of one JSON object that ends in its own checksum."""
+    fields = {"v": 1, "server": list(token.servers), "pin": b64(token.pin), "network": token.network, "key": token.key}
+    raw = json.dumps(fields, separators=(",", ":"))
+    return b64((f'{raw[:-1]},"sum":"{_sum(raw)}"}}').encode())
+
+
+def parse_token(text: str) -> Token:
+    """Open a token, ours or Netmaker 0.8's. Invalid, with a sentence that tells damage from nonsense."""
+    compact = "".join(text.split())
+    try:
+        padded = compact.translate(str.maketrans("-_", "+/")).rstrip("=")
+        raw = binascii.a2b_base64(padded + "=" * (-len(padded) % 4)).decode()
+        fields = json.loads(raw)
+    except ValueError as bad:
+        raise Invalid("the token is damaged or cut off: copy the whole line again, with nothing around it") from bad
+    if isinstance(fields, dict) and "apiconn" in fields:
+        return _original_token(fields)
+    if not isinstance(fields, dict) or "v" not in fields:
+        raise Invalid("this is not an access token: ask the server's administrator for one (netmaker-lite key add NETWORK)")
+    if fields["v"] != 1:
+        raise Invalid("the token is of version {!r}, which this agent does not know: update netclient-lite".format(fields["v"]))
+    body, found, rest = raw.rpartition(',"sum":"')
+    if not found or rest != _sum(body + "}") + '"}':
+        raise Invalid("the token is damaged (its checksum does not fit): copy the whole line again")
+    try:
+        servers = tuple(server for server in fields["server"] if split_url(server))
+        token = Token(servers, unb64(fields["pin"]), check_network(fields["network"]), fields["key"])
+    except (KeyError, TypeError, ValueError, AttributeError) as bad:
+        raise Invalid(f"the token is whole but says something impossible ({bad}): ask for another") from bad
+    if not servers or len(token.pin) != KEY_BYTES or not re.fullmatch(r"([\w-]{1,32}\.[\w-]{22,86})?", token.key, re.ASCII):
+        raise Invalid("the token is whole but says something impossible: ask for another")
+    return token
+
+
+def _original_token(fields: Mapping[str, Any]) -> Token:
+    """Netmaker 0.8's flat token. It carries no pin: the fingerprint must come otherwise, or the server be https."""
+    place = str(fields.get("apiconn") or "")
+    server = place if "://" in place else "http://" + place
+    try:
+        split_url(server)
+        return Token((server,), b"", check_network(str(fields.get("network", ""))), str(fields.get("key", "")))
+    except ValueError as bad:
+        raise Invalid(f"the token names no usable server or network ({bad})") from bad
+
+
+def check_network(name: str) -> str:
+    """A network's name, folded to lower case: 1-12 of letters, digits, `.`, `_`, `-`, a letter or digit first; not `all`."""
+    folded = name.lower()
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,11}", folded):
+        raise Invalid(f"{name!r} is no network name: 1 to 12 letters, digits, '.', '_' or '-', a letter or digit first")
+    if folded == "all":
+        raise Invalid("a network cannot be called 'all': that word means every network")
+    return folded
+
+
+def check_name(name: str) -> str:
+    """A node's name, folded to lower case: a DNS label (RFC 1123) of 1-62 characters."""
+    folded = name.lower()
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,60}[a-z0-9])?", folded):
+        raise Invalid(f"{name!r} is no node name: 1 to 62 letters, digits or '-', no '-' at either end")
+    return folded
+
+
+def fold_name(text: str) -> str:
+    """The nearest node name to any host name: its first label, folded; "node" where nothing is left."""
+    folded = re.sub(r"[^a-z0-9]+", "-", text.lower().split(".")[0]).strip("-")
+    return folded[:62].rstrip("-") or "node"
+
+
+def check_key(text: str) -> str:
+    """A WireGuard public key: the one canonical base64 of 32 bytes."""
+    try:
+        raw = binascii.a2b_base64(text.encode("ascii"))
+        if len(raw) == KEY_BYTES and binascii.b2a_base64(raw, newline=False).decode() == text and any(raw):
+            return text
+    except ValueError:
+        pass
+    raise Invalid(f"{text!r} is no WireGuard key: 44 characters of base64 that end in '='")
+
+
+def check_address(text: str, version: int = 0) -> str:
+    """An IP address in its canonical text; IPv4-mapped IPv6 becomes IPv4. `version` 4 or 6 asks for that kind."""
+    try:
+        address = ipaddress.ip_address(text)
+    except ValueError as bad:
+        raise Invalid(f"{text!r} is no IP address") from bad
+    mapped = getattr(address, "ipv4_mapped", None)
+    address = mapped or address
+    if version and address.version != version:
+        raise Invalid("%s is no IPv%d address" % (text, version))
+    if "%" in str(address):
+        raise Invalid(f"{text!r} has a zone, which means nothing on another machine")
+    return str(address)
+
+
+def check_port(value: Any) -> int:
+    """A port that a node may listen on: 1024-65535, as in the original."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 1024 <= value <= 65535:
+        raise Invalid(f"{value!r} is no port: a whole number from 1024 to 65535")
+    return value
+
+
+def endpoint(address: str, port: int) -> str:
+    """`203.0.113.7:51821` or `[2001:db8::7]:51821`, as `wg` writes and reads it."""
+    return ("[%s]:%d" if ":" in address else "%s:%d") % (address, port)
+
+
+def split_endpoint(text: str) -> tuple[str, int]:
+    """(canonical address, port) of an endpoint; Invalid when it is none. Host names are none: the mesh must work without DNS."""
+    place, _, port = text.rpartition(":")
+    if not port.isdigit() or not 0 < int(port) < 65536 or (":" in place) != place.startswith("["):
+        raise Invalid(f"{text!r} is no endpoint: ADDRESS:PORT or [ADDRESS]:PORT")
+    return check_address(place.strip("[]")), int(port)
+
+
+NOT_PUBLIC = tuple(
+    ipaddress.ip_network(text)
+    for text in (
+        *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
+        *("192.168.0.0/16", "224.0.0.0/3", "::/127", "fc00::/7", "fe80::/10", "ff00::/8"),
+    )
+)
+
+
+def is_public(address: str) -> bool:
+    """Whether others on the internet may reach the address. (ipaddress.is_global also turns down documentation ranges.)"""
+    parsed = ipaddress.ip_address(address)
+    return not any(parsed.version == block.version and parsed in block for block in NOT_PUBLIC)
+
+
+def x25519(scalar: bytes, point: bytes) -> bytes:
+    """X25519 (RFC 7748 §5): PyNaCl's where it is installed, else the Montgomery ladder. Invalid for an all-zero outcome (§6.1).
+
+    The ladder does not run in constant time. The agent uses it once, at join, with a key made for that.
+    """
+    try:
+        from nacl.bindings import crypto_scalarmult
+    except ImportError:
+        shared = ladder(scalar, point)
+    else:
+        try:
+            shared = crypto_scalarmult(scalar, point)
+        except Exception:  # PyNaCl raises its own RuntimeError for an all-zero outcome
+            shared = bytes(KEY_BYTES)
+    if not any(shared):
+        raise Invalid("the other side's key is not a usable curve point: somebody tampers with the exchange")
+    return shared
+
+
+def ladder(scalar: bytes, point: bytes) -> bytes:
+    """The ladder of RFC 7748 §5, in its own names: k clamped, u with its top bit masked."""
+    k = int.from_bytes(scalar, "little") & ~7 & ~(1 << 255) | 1 << 254
+    u = int.from_bytes(point, "little") & (1 << 255) - 1
+    x_1, x_2, z_2, x_3, z_3 = u, 1, 0, u, 1
+    swap = 0
+    for t in range(254, -1, -1):
+        bit = k >> t & 1
+        if swap ^ bit:
+            x_2, x_3, z_2, z_3 = x_3, x_2, z_3, z_2
+        swap = bit
+        a, b, c, d = x_2 + z_2, x_2 - z_2, x_3 + z_3, x_3 - z_3
+        da, cb, aa, bb = d * a, c * b, a * a, b * b
+        e = aa - bb
+        x_3, z_3 = (da + cb) ** 2 % CURVE_P, x_1 * (da - cb) ** 2 % CURVE_P
+        x_2, z_2 = aa * bb % CURVE_P, e * (aa + 121665 * e) % CURVE_P
+    if swap:
+        x_2, z_2 = x_3, z_3
+    return (x_2 * pow(z_2, CURVE_P - 2, CURVE_P) % CURVE_P).to_bytes(KEY_BYTES, "little")
+
+
+def public_key(scalar: bytes) -> bytes:
+    """The public half of an X25519 private key."""
+    return x25519(scalar, b"\x09" + bytes(KEY_BYTES - 1))
+
+
+def key_proof(secret: bytes, proof_key: bytes, nonce: bytes) -> str:
+    """The proof that a joiner holds an access key, which itself never travels."""
+    return b64(blake2b(proof_key + nonce, key=secret, digest_size=32).digest())
+
+
+def secret_box(key: bytes) -> Any:
+    """PyNaCl's SecretBox, or None where PyNaCl is not installed."""
+    try:
+        from nacl.secret import SecretBox
+    except ImportError:
+        return None
+    return SecretBox(key)
+
+
+def unseal(box: Any, body: bytes) -> bytes:
+    """Open a sealed body; BadAnswer when it does not open. An empty body stays empty."""
+    try:
+        return bytes(box.decrypt(body)) if body else b""
+    except Exception as bad:  # nacl.exceptions.CryptoError, ValueError, TypeError: all mean the same here
+        raise BadAnswer("a sealed body does not open") from bad
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SETTINGS
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Setting(NamedTuple):
+    """One flag: name without dashes, environment name, what it means, and the other spellings the original takes."""
+
+    name: str
+    env: str
+    help: str
+    kind: str = "text"  # text | yesno | number | daemon
+    aliases: tuple[str, ...] = ()
+    metavar: str = ""
+
+
+SETTINGS = (
+    Setting("network", "NETCLIENT_NETWORK", "network, or all (default)", "text", ("n",), "NET"),
+    Setting("token", "NETCLIENT_ACCESSTOKEN", "access token: server, its key, network and access key in one", "text", ("t",)),
+    Setting("key", "NETCLIENT_ACCESSKEY", "access key (with --apiserver and -n, where there is no token)", "text", ("k",)),
+    Setting("apiserver", "NETCLIENT_API_SERVER", "HOST:PORT or URL of the server", "text", (), "HOST:PORT"),
+    Setting(
+        "server-key",
+        "NETCLIENT_SERVER_KEY",
+        "the server's key (fingerprint), as `netmaker-lite serve` prints it",
+        "text",
+        (),
+        "K",
+    ),
+    Setting("name", "NETCLIENT_NAME", "name of this node (default: the host name)"),
+    Setting("endpoint", "NETCLIENT_ENDPOINT", "public address that others shall use; never replaced", "text", ("e",), "IP"),
+    Setting("port", "NETCLIENT_PORT", "UDP port to listen on; never replaced", "number"),
+    Setting("address", "NETCLIENT_ADDRESS", "wished overlay address", "text", ("a",), "IP"),
+    Setting(
+        "address6", "NETCLIENT_ADDRESSIPV6", "wished IPv6 overlay address", "text", ("addressIPv6", "addressipv6", "a6"), "IP"
+    ),
+    Setting("interface", "NETCLIENT_INTERFACE", "interface to make (default nm-NETWORK)", "text", ("i",), "IF"),
+    Setting("localaddress", "NETCLIENT_LOCALADDRESS", "this machine's address in its LAN", "text", (), "IP"),
+    Setting("localrange", "NETCLIENT_LOCALRANGE", "the LAN to take the local address from", "text", (), "CIDR"),
+    Setting("islocal", "NETCLIENT_IS_LOCAL", "others shall use the local address", "yesno"),
+    Setting("dnson", "NETCLIENT_DNS", "set up names (default yes)", "yesno"),
+    Setting(
+        "keepalive", "NETCLIENT_KEEPALIVE", "seconds between keepalives, 0 for none (default: the network's)", "number", (), "S"
+    ),
+    Setting("mtu", "NETCLIENT_MTU", "MTU of the interface (default: the network's)", "number", (), "BYTES"),
+    Setting("udpholepunch", "NETCLIENT_UDP_HOLEPUNCH", "use the endpoints that other nodes see", "yesno"),
+    Setting("ipforwarding", "NETCLIENT_IPFORWARDING", "let this node forward (default yes)", "yesno"),
+    Setting("roaming", "NETCLIENT_ROAMING", "follow changes of the own address (default yes)", "yesno"),
+    Setting("publickey", "NETCLIENT_PUBLICKEY", "WireGuard public key (with --privatekey)", "text", ("pubkey",), "KEY"),
+    Setting(
+        "privatekey",
+        "NETCLIENT_PRIVATEKEY",
+        "WireGuard private key (better by environment: arguments are visible)",
+        "text",
+        ("privkey",),
+        "KEY",
+    ),
+    Setting(
+        "daemon",
+        "NETCLIENT_DAEMON",
+        "on: check in every 15 s by this machine's init system; resident: stay; off: nothing is installed",
+        "daemon",
+    ),
+)
+
+# The original's that mean nothing here: taken, with a word.
+IGNORED = {
+    "grpcserver": "NETCLIENT_GRPC_SERVER",
+    "password": "NETCLIENT_PASSWORD",
+    "macaddress": "NETCLIENT_MACADDRESS",
+    "operatingsystem": "NETCLIENT_OS",
+    "isdualstack": "NETCLIENT_IS_DUALSTACK",
+    "postup": "NETCLIENT_POSTUP",
+    "postdown": "NETCLIENT_POSTDOWN",
+    "corednsaddr": "NETCLIENT_COREDNS_ADDR",
+}
+IGNORED_ALIASES = {"p": "password", "m": "macaddress", "os": "operatingsystem"}
+
+WISHES = ("name", "address", "address6", "keepalive", "mtu", "dnson", "roaming", "ipforwarding", "udpholepunch", "islocal")
+
+YES = ("yes", "on", "true", "1")
+NO = ("no", "off", "false", "0")
+
+
+def setting_value(setting: Setting, text: str) -> Any:
+    """The value of a flag or environment variable; UsageError with the words that would be right."""
+    if setting.kind == "text":
+        return text
+    low = text.lower()
+    if setting.kind == "yesno":
+        if low not in YES + NO:
+            raise UsageError(f"--{setting.name} takes yes or no, not {text!r}")
+        return low in YES
+    if setting.kind == "daemon":
+        word = {"yes": "on", "true": "on", "no": "off", "false": "off"}.get(low, low)
+        if word not in ("on", "off", "resident"):
+            raise UsageError(f"--daemon takes on, off or resident, not {text!r}")
+        return word
+    if not text.isdigit():
+        raise UsageError(f"--{setting.name} takes a whole number, not {text!r}")
+    return int(text)
+
+
+class Paths:
+    """Where the agent's files are, below a root that tests and containers may move."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+        self.home = root + "/etc/netclient"
+        self.config = self.home + "/config"
+        self.run = root + "/var/run/netclient"
+
+    def of(self, kind: str, network: str) -> str:
+        """`netconfig`, `wgkey`, `secret`, `nettoken` and `peers` lie on flash, `lock`, `state` and `memory` on tmpfs."""
+        if kind in ("lock", "state", "memory"):
+            return f"{self.run}/{network}.{kind}"
+        return f"{self.config}/{kind}-{network}"
+
+    def networks(self) -> list[str]:
+        """The networks joined, by name."""
+        try:
+            names = os.listdir(self.config)
+        except OSError:
+            return []
+        return sorted(name[10:] for name in names if name.startswith("netconfig-") and not name.endswith(".tmp"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VALUES
+# ---------------------------------------------------------------------------------------------------------------------
+
+FRESH = 180  # seconds: WireGuard's REJECT_AFTER_TIME; a session older than that carries nothing
+KEEP_AFTER_RESTORE = 3600.0  # seconds that peers unknown to a restored server stay
+UNSETTLED = 120.0  # seconds after a change of peers in which every look ends in an exchange
+HOPELESS = 600.0  # seconds after which a peer without a handshake is no reason to hurry any more
+TURN = 20.0  # seconds an endpoint candidate is tried before the next: four handshake attempts (REKEY_TIMEOUT 5 s)
+
+
+class Step(NamedTuple):
+    """One command of a plan: its arguments, what goes to its standard input (secrets too), and why it is there."""
+
+    argv: tuple[str, ...]
+    why: str
+    stdin: str = ""
+    secret: bool = False  # standard input is never shown
+    detached: bool = False  # it stays as a daemon
+
+
+class Peer(NamedTuple):
+    """A peer as it shall be. endpoint "": whatever it is now."""
+
+    key: str
+    endpoint: str
+    allowed: frozenset[str]
+    keepalive: int
+
+
+class LivePeer(NamedTuple):
+    """A peer as `wg show dump` tells: handshake in unix seconds (0: never), rx and tx in bytes."""
+
+    key: str
+    endpoint: str
+    allowed: frozenset[str]
+    keepalive: int
+    handshake: int
+    rx: int
+    tx: int
+
+
+class Actual(NamedTuple):
+    """An interface as it is. The routes include those that the kernel made for the addresses."""
+
+    exists: bool = False
+    private: str = ""
+    port: int = 0
+    mtu: int = 0
+    up: bool = False
+    addresses: frozenset[str] = frozenset()
+    routes: frozenset[str] = frozenset()
+    peers: Mapping[str, LivePeer] = {}
+
+
+class Desired(NamedTuple):
+    """An interface as it shall be. Addresses with the network's mask; routes beyond those that the addresses bring."""
+
+    interface: str
+    private: str
+    port: int
+    mtu: int
+    addresses: frozenset[str]
+    routes: frozenset[str]
+    peers: Mapping[str, Peer]
+
+
+class Place(NamedTuple):
+    """Where this machine stands, for choosing endpoints: the address the server sees, own subnets, LAN hash, the network's kind."""
+
+    seen: str = ""
+    subnets: tuple[str, ...] = ()
+    lan: str = ""
+    local_only: bool = False
+    punch: bool = True
+
+
+class Config:
+    """`netconfig-NETWORK`: what the user asked for and which server it is. JSON, changes rarely."""
+
+    FIELDS: Mapping[str, Any] = {
+        "network": "",
+        "servers": [],
+        "interface": "",
+        "port": 0,
+        "fixed": False,
+        "endpoint": "",
+        "localaddress": "",
+        "localrange": "",
+        "wishes": {},
+        "daemon": "on",
+    }
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.network: str = values["network"]
+        self.servers: list[str] = list(values["servers"])
+        self.interface: str = values["interface"]
+        self.port: int = values["port"]
+        self.fixed: bool = values["fixed"]
+        self.endpoint: str = values["endpoint"]
+        self.localaddress: str = values["localaddress"]
+        self.localrange: str = values["localrange"]
+        self.wishes: dict[str, Any] = dict(values["wishes"])
+        self.daemon: str = values["daemon"]
+
+    @classmethod
+    def parse(cls, text: str) -> Config:
+        """Invalid for a damaged file. Fields of a newer version are left alone, missing ones get their default."""
+        try:
+            values = json.loads(text)
+            if values["version"] != 1:
+                raise Invalid("it was written by a newer netclient-lite")
+            return cls({**cls.FIELDS, **values})
+        except (ValueError, KeyError, TypeError) as bad:
+            raise Invalid(f"the file is damaged ({bad})") from bad
+
+    def text(self) -> str:
+        values = {"version": 1, **{name: getattr(self, name) for name in self.FIELDS}}
+        return json.dumps(values, indent=1, sort_keys=True) + "\n"
+
+
+class View:
+    """The mesh as the server last told it: own settings, the records of all nodes by id, and the word of that state."""
+
+    def __init__(self, values: Mapping[str, Any] | None = None) -> None:
+        values = values or {}
+        self.incarnation: str = values.get("incarnation", "-")
+        self.word: str = values.get("word", "-")
+        self.state: str = values.get("state", "")
+        self.me: dict[str, Any] = dict(values.get("me", {}))
+        self.peers: dict[str, dict[str, Any]] = dict(values.get("peers", {}))
+        self.endpoints: dict[str, str] = dict(values.get("endpoints", {}))  # by public key: the last that had a handshake
+
+    def values(self) -> dict[str, Any]:
+        return {"version": 1, **vars(self)}
+
+
+class Memory:
+    """`NETWORK.memory` on tmpfs: the view in use and what was reported of it. Times are of the monotonic clock."""
+
+    def __init__(self, values: Mapping[str, Any] | None = None) -> None:
+        values = values or {}
+        self.view = View(values.get("view"))
+        self.facts: dict[str, Any] = dict(values.get("facts", {}))
+        self.wishes: dict[str, Any] = dict(values.get("wishes", {}))
+        self.seen: dict[str, str] = dict(values.get("seen", {}))
+        self.mute: dict[str, bool] = dict(values.get("mute", {}))
+        self.rx: dict[str, list[int]] = dict(values.get("rx", {}))  # by key: bytes received, and when that last changed
+        self.waiting: dict[str, float] = dict(values.get("waiting", {}))  # by key: since when without a handshake
+        self.kept: dict[str, float] = dict(values.get("kept", {}))  # by node: until when, after a restore
+        self.unsettled: float = values.get("unsettled", 0.0)
+        self.flashed: float = values.get("flashed", 0.0)
+        self.exchanged: float = values.get("exchanged", 0.0)
+        self.trial: dict[str, Any] | None = values.get("trial")  # the view before a change that the server has not confirmed
+        self.rejected: dict[str, str] = dict(values.get("rejected", {}))
+        self.said: str = values.get("said", "")
+
+    def text(self) -> str:
+        values = dict(vars(self), view=self.view.values())
+        return json.dumps(values, separators=(",", ":"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PARSE
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse_dump(text: str) -> Actual:
+    """`wg show IF dump`: one line for the interface, one for each peer, parted by tabs. Only what that command knows is filled in."""
+    lines = [line.split("\t") for line in text.splitlines() if line]
+    if not lines or len(lines[0]) != 4 or any(len(line) != 8 for line in lines[1:]):
+        raise Invalid("`wg show … dump` printed something that this agent cannot read")
+    private = "" if lines[0][0] == "(none)" else lines[0][0]
+    try:
+        peers = {line[0]: _live_peer(line) for line in lines[1:]}
+        return Actual(True, private, int(lines[0][2]), peers=peers)
+    except ValueError as bad:
+        raise Invalid(f"`wg show … dump` printed something that this agent cannot read ({bad})") from bad
+
+
+def _live_peer(field: Sequence[str]) -> LivePeer:
+    where = "" if field[2] == "(none)" else field[2]
+    allowed = frozenset() if field[3] == "(none)" else frozenset(field[3].split(","))
+    keepalive = 0 if field[7] == "off" else int(field[7])
+    return LivePeer(field[0], where, allowed, keepalive, int(field[4]), int(field[5]), int(field[6]))
+
+
+def parse_links(text: str) -> dict[str, tuple[bool, int, list[str]]]:
+    """`ip addr show` of iproute2 or BusyBox: interface -> (up, mtu, addresses with prefix length). Link-local addresses are left out."""
+    links: dict[str, tuple[bool, int, list[str]]] = {}
+    name = ""
+    for line in text.splitlines():
+        head = re.match(r"\d+: ([^:@\s]+)(?:@[^:]*)?: <([^>]*)>.* mtu (\d+)", line)
+        if head:
+            name = head.group(1)
+            links[name] = ("UP" in head.group(2).split(","), int(head.group(3)), [])
+            continue
+        address = re.match(r"\s+inet6? (\S+)(?: peer (\S+))?", line)
+        if address and name:
+            text = address.group(1) if "/" in address.group(1) else address.group(1) + "/32"
+            if not ipaddress.ip_interface(text).is_link_local:
+                links[name][2].append(str(ipaddress.ip_interface(text)))
+    return links
+
+
+def parse_routes(text: str) -> frozenset[str]:
+    """`ip route show dev IF`: the destinations, as networks. The default route, link-local and multicast ones are not ours to know."""
+    found = set()
+    for line in text.splitlines():
+        word = line.split()
+        if not word or word[0] in ("default", "unreachable", "blackhole", "broadcast", "multicast", "local", "anycast"):
+            continue
+        try:
+            network = ipaddress.ip_network(word[0])
+        except ValueError:
+            continue
+        if not network.is_link_local and not network.is_multicast:
+            found.add(str(network))
+    return frozenset(found)
+
+
+def parse_default_gateway(text: str) -> tuple[str, str]:
+    """(interface, gateway) of the IPv4 default route with the lowest metric, from /proc/net/route; ("", "") without one."""
+    best = (1 << 32, "", "")
+    for line in text.splitlines()[1:]:
+        word = line.split()
+        if len(word) > 7 and word[1] == word[7] == "00000000":
+            # the kernel prints the address as a number in the machine's own byte order
+            gateway = int(word[2], 16).to_bytes(4, sys.byteorder)
+            best = min(best, (int(word[6]), word[0], str(ipaddress.IPv4Address(gateway))))
+    return best[1:]
+
+
+def parse_arp(text: str, address: str) -> str:
+    """The MAC of an address in /proc/net/arp, "" when it is not (completely) known."""
+    for line in text.splitlines()[1:]:
+        word = line.split()
+        if len(word) > 3 and word[0] == address and word[3] != "00:00:00:00:00:00":
+            return word[3].lower()
+    return ""
+
+
+def parse_record(record: Any) -> dict[str, Any]:
+    """Check one peer record of the server: an odd one must not reach a command line. Unknown fields are dropped."""
+    if not isinstance(record, dict):
+        raise Invalid("a peer record is no object")
+    clean: dict[str, Any] = {"id": str(record["id"]), "name": check_name(record["name"]), "key": check_key(record["key"])}
+    if record.get("ip"):
+        clean["ip"] = check_address(record["ip"], 4)
+    if record.get("ip6"):
+        clean["ip6"] = check_address(record["ip6"], 6)
+    if record.get("ips"):
+        clean["ips"] = [str(ipaddress.ip_network(text)) for text in record["ips"]]
+    for kind in ("static", "at", "seen", "local"):
+        if record.get(kind):
+            clean[kind] = endpoint(*split_endpoint(record[kind]))
+    if re.fullmatch(r"[0-9a-f]{1,16}", record.get("lan") or ""):
+        clean["lan"] = record["lan"]
+    return clean
+
+
+def parse_me(me: Any) -> dict[str, Any]:
+    """Check the server's settings for this node."""
+    if not isinstance(me, dict):
+        raise Invalid("own settings are no object")
+    clean: dict[str, Any] = {"name": check_name(me["name"]), "look": str(me.get("look", "-"))}
+    for kind, version, width in (("ip", 4, "range"), ("ip6", 6, "range6")):
+        if me.get(kind):
+            clean[kind] = check_address(me[kind], version)
+            network = ipaddress.ip_network(me[width])
+            if ipaddress.ip_address(clean[kind]) not in network:
+                raise Invalid(f"the own address {clean[kind]} is not in {network}")
+            clean[width] = str(network)
+    clean["port"] = check_port(me["port"])
+    for kind, low, high in (("keepalive", 0, 65535), ("mtu", 576, 65535)):
+        if isinstance(me[kind], bool) or not isinstance(me[kind], int) or not low <= me[kind] <= high:
+            raise Invalid(f"{kind} is {me[kind]!r}")
+        clean[kind] = me[kind]
+    for kind, usual in (("dns", True), ("forwarding", True), ("punch", True), ("local", False)):
+        clean[kind] = me.get(kind, usual) is True
+    clean["deny"] = [str(node) for node in me.get("deny", ())]
+    return clean
+
+
+def parse_news(view: View, body: bytes) -> View:
+    """The view after a 200: the delta laid over what is known, or the snapshot. BadAnswer when it does not fit; nothing is half taken."""
+    try:
+        news = json.loads(body)
+        after = View(view.values())
+        after.word, after.state = str(news["word"]), str(news.get("state", "active"))
+        if not re.fullmatch(r"\d{1,15}\.[0-9a-f]{8}", after.word):
+            raise Invalid(f"the revision word is {after.word!r}")
+        if "from" not in news:
+            after.peers = {}
+        elif news["from"] != view.word:
+            raise Invalid("a delta from {} was not asked for".format(news["from"]))
+        for node in news.get("gone", ()):
+            after.peers.pop(str(node), None)
+        for record in map(parse_record, news.get("peers", ())):
+            after.peers[record["id"]] = record
+        if "me" in news:
+            after.me = parse_me(news["me"])
+        return after
+    except RecursionError as bad:
+        raise BadAnswer("the server's answer is nested too deeply") from bad
+    except (KeyError, TypeError, ValueError, AttributeError) as bad:
+        raise BadAnswer(f"the server sent something that this agent does not understand ({bad}): update netclient-lite?") from bad
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# PLAN
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def inside(address: str, networks: Iterable[str]) -> bool:
+    """Whether an address lies in one of the networks."""
+    parsed = ipaddress.ip_address(address)
+    return any(parsed in ipaddress.ip_network(text, strict=False) for text in networks)
+
+
+def candidates(record: Mapping[str, Any], place: Place) -> list[str]:
+    """The endpoints worth trying for a peer, best first (SPEC: static; local in the same LAN; observed; seen by the server).
+
+    A local address without proof that the LAN is the same comes last here: it is tried in turn, and only while there is no handshake.
+    """
+    if record.get("static"):
+        return [record["static"]]
+    local = record.get("local", "")
+    near = bool(local) and inside(split_endpoint(local)[0], place.subnets)
+    if place.local_only:
+        return [local] if local else []
+    public = [record[kind] for kind in ("at", "seen") if record.get(kind) and (kind == "seen" or place.punch)]
+    if not near:
+        return public
+    if proven_local(record, place):
+        return [local, *public]
+    homes = {split_endpoint(text)[0] for text in public}
+    return [*public, local] if place.seen in homes or not homes else public
+
+
+def proven_local(record: Mapping[str, Any], place: Place) -> bool:
+    """Whether a peer is known to be in this LAN: on one of its subnets and behind the same gateway, by the hash of its MAC."""
+    local = record.get("local", "")
+    same_lan = bool(place.lan) and record.get("lan") == place.lan
+    return same_lan and bool(local) and inside(split_endpoint(local)[0], place.subnets)
+
+
+def choose_endpoint(record: Mapping[str, Any], place: Place, live: str, fresh: bool, turn: int, saved: str = "") -> str:
+    """The endpoint to set for a peer; "" leaves it as it is.
+
+    live: what WireGuard has now; fresh: a session lives there; turn: how many TURNs it has been without one; saved: the
+    last that had a handshake before a reboot. A fresh endpoint moves only to an address that is proven to be in the same LAN.
+    """
+    known = candidates(record, place)
+    if fresh:
+        return record["local"] if proven_local(record, place) and not record.get("static") and not place.local_only else ""
+    if saved and not live and saved not in known and not place.local_only and not record.get("static"):
+        known = [saved, *known]
+    return known[turn % len(known)] if known else ""
+
+
+def allowed_ips(record: Mapping[str, Any]) -> list[str]:
+    """What a peer owns: its addresses and the ranges behind it."""
+    own = [record["ip"] + "/32"] if record.get("ip") else []
+    own += [record["ip6"] + "/128"] if record.get("ip6") else []
+    return own + list(record.get("ips", ()))
+
+
+def guarded(view: View, node: str, keep_out: Sequence[str]) -> tuple[dict[str, frozenset[str]], list[str]]:
+    """Allowed IPs by node, no address owned twice, and none that would swallow an address of `keep_out` (server, endpoints, own LAN).
+
+    Returns them with a sentence for each range left out.
+    """
+    owner: dict[str, str] = {}
+    warnings = []
+    kept: dict[str, frozenset[str]] = {}
+    ranges = {view.me.get("range"), view.me.get("range6")}
+    for other in sorted(view.peers):
+        record = view.peers[other]
+        if other == node or other in view.me.get("deny", ()):
+            continue
+        mine = []
+        for text in allowed_ips(record):
+            network = ipaddress.ip_network(text)
+            swallowed = (
+                [a for a in keep_out if ipaddress.ip_network(a, strict=False).overlaps(network)] if text not in ranges else []
+            )
+            if swallowed and text in record.get("ips", ()):
+                warnings.append(
+                    "{} of {} is left out: it would take {} into the tunnel".format(text, record["name"], swallowed[0])
+                )
+            elif owner.setdefault(text, other) != other:
+                warnings.append("{} of {} is left out: {} has it".format(text, record["name"], view.peers[owner[text]]["name"]))
+            else:
+                mine.append(text)
+        kept[other] = frozenset(mine)
+    return kept, warnings
+
+
+def desire(
+    view: View, node: str, config: Config, private: str, endpoints: Mapping[str, str], keep_out: Sequence[str] = ()
+) -> tuple[Desired, list[str]]:
+    """The interface that the view asks for. `endpoints`: chosen ones by node, see choose_endpoint. Also the warnings of the guards."""
+    me = view.me
+    ranges = [me[width] for width in ("range", "range6") if me.get(width)]
+    addresses = [me[kind] + "/" + me[width].split("/")[1] for kind, width in (("ip", "range"), ("ip6", "range6")) if me.get(kind)]
+    allowed, warnings = guarded(view, node, keep_out)
+    peers = {}
+    for other, own in allowed.items():
+        key = view.peers[other]["key"]
+        peers[key] = Peer(key, endpoints.get(other, ""), own, me["keepalive"])
+    beyond = {text for own in allowed.values() for text in own if not _within(text, ranges)}
+    routes = frozenset(ranges) | beyond
+    return Desired(config.interface, private, me["port"], me["mtu"], frozenset(addresses), routes, peers), warnings
+
+
+def _within(text: str, ranges: Sequence[str]) -> bool:
+    network: Any = ipaddress.ip_network(text)
+    wide: list[Any] = [ipaddress.ip_network(other) for other in ranges]
+    return any(network.version == other.version and network.subnet_of(other) for other in wide)
+
+
+def plan(actual: Actual, desired: Desired, create: Step, batch: bool = False) -> list[Step]:
+    """The shortest list of steps from what is to what shall be; empty when nothing differs. Pure.
+
+    `create` makes the interface; `batch`: `ip -batch` is there. Unchanged peers are in no step, and the interface is never deleted.
+    """
+    steps = [] if actual.exists else [create]
+    steps += _plan_device(actual, desired)
+    dropped, added = actual.addresses - desired.addresses, desired.addresses - actual.addresses
+    old = actual.routes - desired.routes - networks_of(dropped) if actual.up else frozenset()
+    steps += _route_steps(desired.interface, "del", old, batch)
+    # old addresses first: deleting a primary address takes its secondaries along (promote_secondaries is off)
+    steps += [_address_step(desired.interface, "del", address) for address in sorted(dropped)]
+    steps += [_address_step(desired.interface, "add", address) for address in sorted(added)]
+    if not actual.up:
+        steps.append(Step(("ip", "link", "set", "dev", desired.interface, "up"), f"bring {desired.interface} up"))
+    steps += plan_peers(actual, desired)
+    # the kernel brings an address's route with it, and drops all of an interface's routes with its last address
+    whole = not actual.up or bool(dropped)
+    have = networks_of(desired.addresses) if whole else actual.routes | networks_of(added)
+    return steps + _route_steps(desired.interface, "replace", desired.routes - have, batch)
+
+
+def networks_of(addresses: Iterable[str]) -> frozenset[str]:
+    """The networks that addresses with a prefix length are in."""
+    return frozenset(str(ipaddress.ip_interface(text).network) for text in addresses)
+
+
+def _plan_device(actual: Actual, desired: Desired) -> list[Step]:
+    steps = []
+    words: list[str] = []
+    if actual.port != desired.port:
+        words += ["listen-port", str(desired.port)]
+    secret = actual.private != desired.private
+    if secret:  # through standard input: arguments are visible to every user of the machine
+        words += ["private-key", "/dev/stdin"]
+    if words:
+        why = "set " + (" and ".join(words[::2])).replace("private-key", "private key").replace(
+            "listen-port", "port %d" % desired.port
+        )
+        steps.append(Step(("wg", "set", desired.interface, *words), why, desired.private + "\n" if secret else "", secret))
+    if actual.mtu != desired.mtu:
+        steps.append(Step(("ip", "link", "set", "dev", desired.interface, "mtu", str(desired.mtu)), "set MTU %d" % desired.mtu))
+    return steps
+
+
+def _address_step(interface: str, verb: str, address: str) -> Step:
+    return Step(("ip", "addr", verb, address, "dev", interface), f"{verb} address {address}")
+
+
+def plan_peers(actual: Actual, desired: Desired) -> list[Step]:
+    """One `wg` for all removals, one for all new and changed peers. A changed peer gets only what differs: naming allowed-ips again
+    would empty them for a moment."""
+    gone = sorted(set(actual.peers) - set(desired.peers))
+    steps = []
+    if gone:
+        words = [word for key in gone for word in ("peer", key, "remove")]
+        steps.append(Step(("wg", "set", desired.interface, *words), f"remove {_count(len(gone))}"))
+    words, changed = [], 0
+    for key in sorted(desired.peers):
+        differs = _peer_words(actual.peers.get(key), desired.peers[key])
+        if differs:
+            changed += 1
+            words += ["peer", key, *differs]
+    if changed:
+        steps.append(Step(("wg", "set", desired.interface, *words), f"set {_count(changed)}"))
+    return steps
+
+
+def _count(number: int) -> str:
+    return "1 peer" if number == 1 else "%d peers" % number
+
+
+def _peer_words(live: LivePeer | None, peer: Peer) -> list[str]:
+    words: list[str] = []
+    if peer.endpoint and (live is None or live.endpoint != peer.endpoint):
+        words += ["endpoint", peer.endpoint]
+    if (live.keepalive if live else 0) != peer.keepalive:
+        words += ["persistent-keepalive", str(peer.keepalive)]
+    if live is None or live.allowed != peer.allowed:
+        words += ["allowed-ips", ",".join(sorted(peer.allowed))]
+    return words
+
+
+def _route_steps(interface: str, verb: str, routes: Iterable[str], batch: bool) -> list[Step]:
+    chosen = sorted(routes)
+    if batch and len(chosen) > 1:
+        text = "".join(f"route {verb} {route} dev {interface}\n" for route in chosen)
+        return [Step(("ip", "-batch", "-"), "%s %d routes" % (verb, len(chosen)), text)]
+    steps = []
+    for route in chosen:
+        family = ("-6",) if ":" in route else ()
+        steps.append(Step(("ip", *family, "route", verb, route, "dev", interface), f"{verb} route {route}"))
+    return steps
+
+
+def cuts_off(actual: Actual, desired: Desired) -> bool:
+    """Whether addresses or routes change on a live interface: what commit-confirm watches and can take back."""
+    return actual.exists and actual.up and (actual.addresses, actual.routes) != (desired.addresses, desired.routes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RUN
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Run:
+    """The only place that starts processes: argument lists, never a shell; secrets through standard input.
+
+    `echo` prints each command that changes the machine, as `[#] ip …`, so that the log can be pasted into a shell; `dry` prints and does not run.
+    """
+
+    def __init__(self, dry: bool = False, echo: bool = False) -> None:
+        self.dry, self.echo = dry, echo or dry
+        path = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:/opt/sbin:/opt/bin"
+        self.environment = dict(os.environ, PATH=path.lstrip(":"), LC_ALL="C")  # cron's PATH lacks sbin
+
+    def __call__(self, *argv: str, stdin: str = "", detached: bool = False) -> str:
+        """Run a program to its end, 30 s at most, and return what it printed; CommandFailed for anything but status 0."""
+        pipe = subprocess.DEVNULL if detached else subprocess.PIPE  # a daemon would hold the pipes open
+        try:
+            done = subprocess.run(  # noqa: S603 - argument lists only, and the one place that does this
+                argv,
+                input=None if detached else stdin,
+                stdin=pipe if detached else None,
+                stdout=pipe,
+                stderr=pipe,
+                timeout=30,
+                env=self.environment,
+                start_new_session=detached,
+                text=True,
+                check=False,
+            )
+        except FileNotFoundError as bad:
+            raise CommandFailed(argv, 127, f"{argv[0]} is not installed") from bad
+        except (OSError, subprocess.TimeoutExpired) as bad:
+            raise CommandFailed(argv, 126, str(bad)) from bad
+        if done.returncode:
+            raise CommandFailed(argv, done.returncode, done.stderr or "")
+        return done.stdout or ""
+
+    def has(self, program: str) -> bool:
+        """Whether a program is on the PATH (shutil.which without importing shutil)."""
+        places = self.environment["PATH"].split(":")
+        return any(os.access(os.path.join(place, program), os.X_OK) for place in places if place)
+
+    def apply(self, steps: Iterable[Step]) -> None:
+        """Carry a plan out, in order; the first failure ends it (the next check-in plans again from what is then)."""
+        for step in steps:
+            if self.echo:
+                shown = step.stdin.rstrip("\n") if not step.secret else "(private key)"
+                print("[#] " + " ".join(step.argv) + (" <<< " + repr(shown) if step.stdin else ""), file=sys.stderr)
+            if not self.dry:
+                self(*step.argv, stdin=step.stdin, detached=step.detached)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FILES
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Files:
+    """The only place that writes files that last: 0600 from the first byte, temp file + fsync + rename, and only what differs."""
+
+    def __init__(self, dry: bool = False) -> None:
+        self.dry = dry
+
+    def write(self, path: str, text: str, mode: int = 0o600) -> bool:
+        """Replace a file, or leave it alone where it already says that; whether it was written. NetclientError on a full disk."""
+        if read_text(path) == text and os.path.exists(path):
+            return False
+        if self.dry:
+            print(f"[#] write {path}", file=sys.stderr)
+            return True
+        temporary = path + ".tmp"
+        try:
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+            with os.fdopen(handle, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(temporary, path)
+            self._sync_folder(os.path.dirname(path))
+        except OSError as bad:
+            self._discard(temporary)
+            raise NetclientError(
+                f"cannot write {path} ({bad.strerror}): the old file is untouched; make room and run this again"
+            ) from bad
+        return True
+
+    def remove(self, path: str) -> None:
+        """Remove a file that may be gone already."""
+        if self.dry:
+            if os.path.exists(path):
+                print(f"[#] remove {path}", file=sys.stderr)
+            return
+        self._discard(path)
+
+    def volatile(self, path: str, text: str) -> None:
+        """Replace a file on tmpfs."""
+        if self.dry:
+            return
+        try:
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            write_volatile(path, text)
+        except OSError as bad:
+            raise NetclientError(f"cannot write {path} ({bad.strerror}): make room there") from bad
+
+    @staticmethod
+    def _sync_folder(path: str) -> None:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)  # else a power cut may forget the rename
+        except OSError:
+            pass  # some FUSE and network file systems cannot
+        finally:
+            os.close(handle)
+
+    @staticmethod
+    def _discard(path: str) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SYSTEM
+# ---------------------------------------------------------------------------------------------------------------------
+
+OVERLAY_OR_CONTAINER = re.compile(r"(lo|docker.*|br-[0-9a-f]{12}|veth.*|cni.*|virbr.*|tun.*|wg.*|nm-.*)$")
+USERSPACE = ("wireguard-go", "boringtun-cli", "boringtun")
+
+
+class KernelWireGuard:
+    """WireGuard in the kernel."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def is_supported(self) -> bool:
+        """Asked by making a link: the module loads by itself, and only this tells for sure."""
+        if os.path.isdir("/sys/module/wireguard"):
+            return True
+        if self.run.dry:
+            return False
+        probe = "nm-%x" % (os.getpid() & 0xFFFFFF)
+        try:
+            self.run("ip", "link", "add", "dev", probe, "type", "wireguard")
+            self.run("ip", "link", "del", "dev", probe)
+            return True
+        except CommandFailed:
+            return False
+
+    def create(self, interface: str) -> Step:
+        return Step(("ip", "link", "add", "dev", interface, "type", "wireguard"), f"make {interface}")
+
+
+class UserspaceWireGuard:
+    """A userspace implementation: WG_QUICK_USERSPACE_IMPLEMENTATION, as wg-quick has it, else wireguard-go, else boringtun."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        asked = os.environ.get("WG_QUICK_USERSPACE_IMPLEMENTATION", "")
+        self.programs = [asked] if asked else [name for name in USERSPACE if run.has(name)]
+
+    def is_supported(self) -> bool:
+        return bool(self.programs) and os.path.exists("/dev/net/tun")
+
+    def create(self, interface: str) -> Step:
+        return Step((self.programs[0], interface), f"make {interface} in userspace", detached=True)
+
+
+class System:
+    """This machine, read anew each time: nothing about it is remembered."""
+
+    def __init__(self, run: Run, root: str = "") -> None:
+        self.run, self.root = run, root
+
+    def backend(self) -> KernelWireGuard | UserspaceWireGuard:
+        """The WireGuard to make interfaces with; NetclientError with what to install."""
+        for backend in (KernelWireGuard(self.run), UserspaceWireGuard(self.run)):
+            if backend.is_supported():
+                return backend
+        raise NetclientError(
+            "this machine has no WireGuard: the kernel has none and no wireguard-go or boringtun was found (with /dev/net/tun); "
+            "install kmod-wireguard (OpenWrt), wireguard-go, or a newer kernel"
+        )
+
+    def exists(self, interface: str) -> bool:
+        return any(line.split(":")[0].strip() == interface for line in read_text("/proc/net/dev").splitlines())
+
+    def actual(self, interface: str) -> Actual:
+        """What the interface is now: three or four short commands."""
+        if not self.exists(interface):
+            return Actual()
+        device = parse_dump(self.run("wg", "show", interface, "dump"))
+        up, mtu, addresses = parse_links(self.run("ip", "addr", "show", "dev", interface)).get(interface, (False, 0, []))
+        routes = self.run("ip", "route", "show", "dev", interface)
+        if os.path.exists("/proc/net/if_inet6"):
+            routes += self.run("ip", "-6", "route", "show", "dev", interface)
+        return device._replace(up=up, mtu=mtu, addresses=frozenset(addresses), routes=parse_routes(routes))
+
+    def batch(self) -> bool:
+        """Whether `ip` takes -batch (iproute2) or not (BusyBox)."""
+        try:
+            self.run("ip", "-batch", "-", stdin="")
+            return True
+        except CommandFailed:
+            return False
+
+    def addresses(self) -> dict[str, list[str]]:
+        """Addresses with prefix length by interface, of real networks only: no loopback, container, tunnel or overlay."""
+        links = parse_links(self.run("ip", "addr", "show"))
+        return {name: found for name, (up, _, found) in links.items() if up and found and not OVERLAY_OR_CONTAINER.match(name)}
+
+    def lan_hash(self) -> str:
+        """A hash of the default gateway's MAC: machines that have the same one are in the same LAN."""
+        gateway = parse_default_gateway(read_text("/proc/net/route"))[1]
+        hardware = parse_arp(read_text("/proc/net/arp"), gateway) if gateway else ""
+        return blake2b(hardware.encode(), digest_size=4).hexdigest() if hardware else ""
+
+    def machine_hash(self) -> str:
+        """A hash that stays with the hardware and differs on a clone: the MACs of its real cards (else of any), and the machine id."""
+        cards = {}
+        for name in sorted(os.listdir("/sys/class/net") if os.path.isdir("/sys/class/net") else ()):
+            if not OVERLAY_OR_CONTAINER.match(name):
+                cards[name] = (
+                    read_text(f"/sys/class/net/{name}/address").strip(),
+                    os.path.exists(f"/sys/class/net/{name}/device"),
+                )
+        real = [mac_address for mac_address, is_real in cards.values() if is_real] or [
+            mac_address for mac_address, _ in cards.values()
+        ]
+        return blake2b(" ".join([*real, read_text("/etc/machine-id").strip()]).encode(), digest_size=8).hexdigest()
+
+    def port_is_free(self, port: int) -> bool:
+        """Whether a UDP port can be bound, on IPv4 and, where there is IPv6, on that too."""
+        for family, anywhere in ((_socket.AF_INET, "0.0.0.0"), (_socket.AF_INET6, "::")):  # noqa: S104 - as WireGuard will bind it
+            try:
+                sock = _socket.socket(family, _socket.SOCK_DGRAM)
+            except OSError:
+                continue  # no such family here
+            try:
+                if family == _socket.AF_INET6:
+                    sock.setsockopt(_socket.IPPROTO_IPV6, _socket.IPV6_V6ONLY, 1)
+                sock.bind((anywhere, port))
+            except OSError as bad:
+                if bad.errno == errno.EADDRINUSE:
+                    return False
+            finally:
+                sock.close()
+        return True
+
+    def step_clock(self, server_time: int) -> str:
+        """Compare with the authenticated server time; step forward, never back, where no RTC keeps the clock. What happened, or ""."""
+        behind = server_time - time.time()
+        if behind < 60:
+            return ""
+        if os.path.exists("/sys/class/rtc/rtc0") or self.run.dry:
+            return "the clock is %d s behind the server's: WireGuard's peers may ignore this node until it is set (ntpd)" % behind
+        try:
+            time.clock_settime(time.CLOCK_REALTIME, float(server_time))
+        except (OSError, PermissionError) as bad:
+            return "the clock is %d s behind and cannot be set (%s)" % (behind, bad)
+        return "the clock was %d s behind and has been set to the server's time" % behind
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# API
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Reply(NamedTuple):
+    """What came over HTTP, not verified yet: status, headers by lower-case name, body, own address ("" where unknown)."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    own: str
+
+
+class SocketTransport:
+    """HTTP on socket and ssl: what every machine has, and enough where no proxy stands between."""
+
+    def is_supported(self) -> bool:
+        return not proxy_is_set()
+
+    def send(self, url: str, path: str, line: str, body: bytes, timeout: float, verify: bool) -> Reply:
+        """POST with a line, GET without one."""
+        tls, host, port, prefix = split_url(url)
+        if line:
+            request = post(host, port, prefix, path, line, body)
+        else:
+            name = f"[{host}]" if ":" in host else host
+            request = ("GET %s%s HTTP/1.0\r\nHost: %s:%d\r\n\r\n" % (prefix, path, name, port)).encode()
+        return Reply(*http(host, port, tls, request, timeout, verify))
+
+
+class RequestsTransport:
+    """The same through requests, which knows proxies and the system's CA store."""
+
+    def is_supported(self) -> bool:
+        try:
+            import requests
+        except ImportError:
+            return False
+        return bool(requests)
+
+    def send(self, url: str, path: str, line: str, body: bytes, timeout: float, verify: bool) -> Reply:
+        import requests
+
+        method, headers = ("POST", {HEADER: line}) if line else ("GET", {})
+        tls, host, port, prefix = split_url(url)
+        place = "{}://{}{}{}".format("https" if tls else "http", endpoint(host, port), prefix, path)
+        try:
+            got = requests.request(
+                method, place, data=body, headers=headers, timeout=timeout, verify=verify, allow_redirects=False
+            )
+        except requests.RequestException as bad:
+            raise OSError(str(bad)) from bad
+        return Reply(got.status_code, {name.lower(): value for name, value in got.headers.items()}, got.content, "")
+
+
+def transport() -> SocketTransport | RequestsTransport:
+    """The first that is supported; the plain one in any case."""
+    for one in (SocketTransport(), RequestsTransport()):
+        if one.is_supported():
+            return one
+    return SocketTransport()
+
+
+class Session:
+    """One membership's conversation with its servers, tried in order, the one that answered last first."""
+
+    def __init__(self, config: Config, secret: Secret, counters: Counters, save: Callable[[], None]) -> None:
+        self.config, self.secret, self.counters, self.save = config, secret, counters, save
+        self.transport = transport()
+        self.box = secret_box(secret.key("seal"))
+        counters.mode = "p" if self.box is None else "s"
+        self.own = ""
+        self.server = ""
+
+    def exchange(self, report: Mapping[str, Any] | None = None) -> tuple[Answer, Any]:
+        """An authenticated exchange: (answer, its body from JSON or None). Refused when the server says no, Unreachable when none answers."""
+        done: tuple[Answer, Any] = self._any_server(lambda server: self._exchange(server, report))
+        return done
+
+    def join(self, proof: Callable[[bytes], Mapping[str, Any]], facts: Mapping[str, Any], wishes: Mapping[str, Any]) -> Any:
+        """Become a node: the server's answer. `proof` makes the proof for a nonce, {} without an access key."""
+        return self._any_server(lambda server: self._join(server, proof, facts, wishes))
+
+    def prove(self) -> Answer:
+        """Ask the server to prove itself, and nothing else; learns the incarnation."""
+        answer: Answer = self._any_server(self._prove)
+        return answer
+
+    def look(self, wait: int) -> str:
+        """The current word or "!", after at most `wait` seconds; "" when the server holds too many looks already."""
+        path = "%s%s?have=%s&wait=%d" % (LOOK_PATH, self.secret.look, self.counters.word, wait)
+        reply = self.transport.send(self._order()[0], path, "", b"", wait + HTTP_TIMEOUT, False)
+        if reply.status != 200 or "retry-after" in reply.headers:
+            return ""
+        return reply.body[:64].decode("ascii", "replace").strip()
+
+    def _order(self) -> list[str]:
+        last = self.counters.server
+        return sorted(self.config.servers, key=lambda server: server != last)
+
+    def _any_server(self, ask: Callable[[str], Any]) -> Any:
+        failures = []
+        for server in self._order():
+            try:
+                outcome = ask(server)
+            except (OSError, BadAnswer) as bad:
+                failures.append(f"{server} {self._reason(server, bad)}")
+                continue
+            self.counters.server = self.server = server
+            return outcome
+        raise Unreachable("; ".join(failures))
+
+    def _reason(self, server: str, bad: Exception) -> str:
+        """Why a server's word does not count, for a person."""
+        if isinstance(bad, ConnectionRefusedError):
+            return "refuses the connection (is the server running there?)"
+        if isinstance(bad, (TimeoutError, _socket.timeout)):
+            return "does not answer"
+        if isinstance(bad, _socket.gaierror):
+            return "has a name that does not resolve (DNS?)"
+        if isinstance(bad, OSError):
+            return "cannot be reached (%s)" % (bad.strerror or bad)
+        try:
+            other = fetch_pin(self.transport, server)
+        except (OSError, BadAnswer, ValueError):
+            return f"gives no answer that counts: {bad} (a captive portal?)"
+        if other != self.secret.pin:
+            return f"has another key than the one this agent trusts ({b64(other)}, not {b64(self.secret.pin)}): refused. If the server was made new on purpose, join again with --force"
+        return f"gives no answer that counts: {bad}"
+
+    def _send(self, server: str, path: str, line: str, body: bytes) -> Reply:
+        reply = self.transport.send(server, path, line, body, HTTP_TIMEOUT, False)
+        self.own = reply.own or self.own
+        return reply
+
+    def _verified(self, line: str, reply: Reply) -> tuple[Answer, Any]:
+        shown = reply.headers.get(HEADER.lower(), "")
+        if not shown and b"<html" in reply.body[:2000].lower():
+            raise BadAnswer("a web page came instead")
+        answer = Answer(self.secret.key("answer mac"), line.rpartition(" ")[2], shown, reply.body)
+        body = reply.body if self.box is None else unseal(self.box, reply.body)
+        try:
+            return answer, json.loads(body) if body else None
+        except (ValueError, RecursionError) as bad:
+            raise BadAnswer("the answer is no JSON") from bad
+
+    def _exchange(self, server: str, report: Mapping[str, Any] | None) -> tuple[Answer, Any]:
+        body = self._sealed(json.dumps(report, separators=(",", ":")).encode() if report else b"")
+        node, challenge = self.secret.node, "-"
+        for _ in range(5):
+            self.counters.sequence += challenge == "-"
+            self.save()
+            line = self.counters.line(self.secret, node, challenge, body)
+            reply = self._send(server, EXCHANGE_PATH, line, body)
+            if reply.status == 404 and HEADER.lower() not in reply.headers and "@" not in node:
+                # it does not know us: say who we are, so that it can answer with a signature
+                node = f"{self.secret.node}@{b64(self.secret.agent)}@{self.secret.network}"
+                continue
+            answer, data = self._verified(line, reply)
+            if answer.status in (200, 204):
+                return answer, data
+            if answer.status != 409 or not isinstance(data, dict) or "error" in data:
+                raise Refused(answer.status, _sentence(data, answer.status), data)
+            challenge = str(data.get("challenge", "-"))
+            if challenge == "-":
+                self.counters.incarnation = str(data["incarnation"])
+                self.counters.epoch, self.counters.sequence = int(data["epoch"]) + 1, -1
+        raise BadAnswer("the server does not accept our counters")
+
+    def _sealed(self, body: bytes) -> bytes:
+        return bytes(self.box.encrypt(body)) if body and self.box is not None else body
+
+    def _join_line(self, incarnation: str, nonce: bytes, body: bytes) -> str:
+        head = (b64(self.secret.agent), self.secret.network, self.counters.mode, incarnation, b64(nonce))
+        return signed(self.secret.key("request mac"), JOIN_PATH, head, body)
+
+    def _prove(self, server: str) -> Answer:
+        line = self._join_line("-", os.urandom(16), b"")
+        answer, data = self._verified(line, self._send(server, JOIN_PATH, line, b""))
+        if answer.status != 409:
+            raise Refused(answer.status, _sentence(data, answer.status), data)
+        self.counters.incarnation = str(data["incarnation"])
+        return answer
+
+    def _join(
+        self, server: str, proof: Callable[[bytes], Mapping[str, Any]], facts: Mapping[str, Any], wishes: Mapping[str, Any]
+    ) -> Any:
+        for _ in range(3):
+            nonce = os.urandom(16)
+            asked = {**proof(nonce), "facts": facts, "wishes": wishes}
+            body = self._sealed(json.dumps(asked, separators=(",", ":")).encode())
+            line = self._join_line(self.counters.incarnation, nonce, body)
+            answer, data = self._verified(line, self._send(server, JOIN_PATH, line, body))
+            if answer.status == 200:
+                return data
+            if answer.status != 409 or "incarnation" not in data:
+                raise Refused(answer.status, _sentence(data, answer.status), data)
+            self.counters.incarnation = str(data["incarnation"])
+        raise BadAnswer("the server changes its incarnation again and again")
+
+
+def _sentence(data: Any, status: int) -> str:
+    said = data.get("error") or data.get("message") if isinstance(data, dict) else ""
+    return str(said or "the server answers %d without a word" % status)[:500]
+
+
+def fetch_pin(sender: SocketTransport | RequestsTransport, server: str, verify: bool = False) -> bytes:
+    """The key that a server claims to have: proves nothing by itself. BadAnswer when it is no netmaker-lite server."""
+    reply = sender.send(server, HELLO_PATH, "", b"", HTTP_TIMEOUT, verify)
+    try:
+        pin = unb64(json.loads(reply.body)["pin"])
+    except (ValueError, KeyError, TypeError) as bad:
+        raise BadAnswer("there is no netmaker-lite server") from bad
+    if len(pin) != KEY_BYTES:
+        raise BadAnswer("there is no netmaker-lite server")
+    return pin
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RECONCILE
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Context(NamedTuple):
+    """What every command works with: where the files are, the doors to the machine, and how to speak to the user."""
+
+    paths: Paths
+    run: Run
+    files: Files
+    system: System
+    say: Callable[[str], None]
+
+
+def watch(memory: Memory, actual: Actual, wall: float, now: float) -> set[str]:
+    """The keys of peers whose session lives; notes in the memory when bytes came last and since when a peer is without a handshake.
+
+    A handshake younger than 180 s, and, where keepalives are sent, bytes received within the last minute: keepalives come every 20 s.
+    """
+    fresh = set()
+    for key, live in actual.peers.items():
+        before = memory.rx.get(key)
+        if before is None or before[0] != live.rx:
+            memory.rx[key] = before = [live.rx, int(now)]
+        if (
+            live.handshake
+            and wall - live.handshake < FRESH
+            and (not live.keepalive or now - before[1] < max(60, 3 * live.keepalive))
+        ):
+            fresh.add(key)
+            memory.waiting.pop(key, None)
+        else:
+            memory.waiting.setdefault(key, now)
+    for past in set(memory.waiting) - set(actual.peers):
+        del memory.waiting[past]
+    for past in set(memory.rx) - set(actual.peers):
+        del memory.rx[past]
+    return fresh
+
+
+def report(
+    memory: Memory, actual: Actual, fresh: set[str], facts: Mapping[str, Any], wishes: Mapping[str, Any], now: float
+) -> dict[str, Any]:
+    """What an exchange tells the server: only what changed since it last heard."""
+    node_of = {record["key"]: node for node, record in memory.view.peers.items()}
+    seen = {node_of[key]: actual.peers[key].endpoint for key in fresh if key in node_of and actual.peers[key].endpoint}
+    mute = {
+        node_of[key]: True
+        for key, since in memory.waiting.items()
+        if key in node_of and now - since > 60 and actual.peers[key].tx and actual.peers[key].endpoint
+    }
+    told: dict[str, Any] = {
+        "facts": {name: value for name, value in facts.items() if memory.facts.get(name) != value},
+        "wishes": {name: value for name, value in wishes.items() if memory.wishes.get(name) != value},
+        "seen": {**dict.fromkeys(memory.seen.keys() - seen.keys()), **{n: e for n, e in seen.items() if memory.seen.get(n) != e}},
+        "mute": {**dict.fromkeys(memory.mute.keys() - mute.keys()), **{n: True for n in mute if n not in memory.mute}},
+        "rejected": memory.rejected if memory.rejected and memory.said != memory.rejected["word"] else {},
+    }
+    return {name: value for name, value in told.items() if value}
+
+
+def reported(memory: Memory, told: Mapping[str, Any]) -> None:
+    """Remember what the server has heard."""
+    memory.facts.update(told.get("facts", {}))
+    memory.wishes.update(told.get("wishes", {}))
+    for name, known in (("seen", memory.seen), ("mute", memory.mute)):
+        for node, value in told.get(name, {}).items():
+            if value is None:
+                known.pop(node, None)
+            else:
+                known[node] = value
+    if "rejected" in told:
+        memory.said = told["rejected"]["word"]
+
+
+def lingering(memory: Memory, before: View, after: View, snapshot: bool, now: float) -> None:
+    """Peers that a restored server no longer knows stay for an hour: it may only have forgotten them. Changes `after` and the memory."""
+    if snapshot and before.incarnation not in ("-", after.incarnation):
+        memory.kept = {node: now + KEEP_AFTER_RESTORE for node in before.peers if node not in after.peers}
+    for node, until in list(memory.kept.items()):
+        if (node in after.peers and node not in before.peers) or now > until or until - now > KEEP_AFTER_RESTORE:
+            del memory.kept[node]
+        elif node in before.peers and node not in after.peers:
+            after.peers[node] = before.peers[node]
+    taken = {record["key"] for node, record in after.peers.items() if node not in memory.kept}
+    for node in [node for node in memory.kept if after.peers.get(node, {}).get("key") in taken]:
+        del after.peers[node], memory.kept[node]
+
+
+class Node:
+    """One membership on this machine: its files, its conversation, its interface."""
+
+    def __init__(self, context: Context, config: Config, secret: Secret, private: str) -> None:
+        self.context, self.config, self.secret, self.private = context, config, secret, private
+        self.paths, self.files, self.run = context.paths, context.files, context.run
+        self.counters = Counters(read_text(self.paths.of("state", config.network)))
+        self.memory = self._remembered()
+        self.session = Session(config, secret, self.counters, self.save_counters)
+        self.place = Place()
+        self.fresh: set[str] = set()
+        self.changes: list[Step] = []
+
+    @classmethod
+    def load(cls, context: Context, network: str) -> Node:
+        """From disk; NetclientError that says which file is wrong and what to do."""
+        paths = context.paths
+        try:
+            config = Config.parse(read_text(paths.of("netconfig", network)))
+            secret = Secret.parse(network, read_text(paths.of("secret", network)))
+            private = check_key(read_text(paths.of("wgkey", network)).strip())
+        except ValueError as bad:
+            raise NetclientError(
+                f"the files of {network} in {paths.config} are damaged or incomplete ({bad}): join again with --force and a fresh token"
+            ) from bad
+        return cls(context, config, secret, private)
+
+    def _remembered(self) -> Memory:
+        """What tmpfs holds; after a reboot the last good state from flash."""
+        try:
+            return Memory(json.loads(read_text(self.paths.of("memory", self.config.network))))
+        except (ValueError, TypeError, AttributeError):
+            memory = Memory()
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
+            memory.view = View(json.loads(read_text(self.paths.of("peers", self.config.network))))
+        self.counters.word, self.counters.incarnation = "-", memory.view.incarnation
+        return memory
+
+    def save_counters(self) -> None:
+        self.files.volatile(self.paths.of("state", self.config.network), self.counters.text())
+
+    def save_memory(self) -> None:
+        self.files.volatile(self.paths.of("memory", self.config.network), self.memory.text())
+
+    def save_good(self, at_once: bool = False) -> None:
+        """The last good state to flash: with a change of the mesh, at most once a minute; with new endpoints alone once an hour."""
+        memory, now = self.memory, time.monotonic()
+        age = now - memory.flashed if 0 < memory.flashed <= now else float("inf")
+        path = self.paths.of("peers", self.config.network)
+        old = _loaded(read_text(path))
+        endpoints = {key: self._live.peers[key].endpoint for key in self.fresh if key in self._live.peers}
+        same_mesh = {**old, "endpoints": 0} == {**memory.view.values(), "endpoints": 0}
+        if not at_once and (
+            age < 60 or (same_mesh and (age < 3600 or endpoints.items() <= dict(old.get("endpoints", {})).items()))
+        ):
+            return
+        keys = {record["key"] for record in memory.view.peers.values()}
+        known = {**memory.view.endpoints, **endpoints}
+        memory.view.endpoints = {key: known[key] for key in sorted(known) if key in keys}
+        self.files.write(path, json.dumps(memory.view.values(), separators=(",", ":")) + "\n")
+        memory.flashed = now
+
+    # -- the machine ---------------------------------------------------------------------------------------------------
+
+    def read(self) -> Actual:
+        """Read the machine: the interface, and where this machine stands."""
+        self._live = self.context.system.actual(self.config.interface)
+        self.fresh = watch(self.memory, self._live, time.time(), time.monotonic())
+        subnets = [text for found in self.context.system.addresses().values() for text in found]
+        me = self.memory.view.me
+        own = self.memory.view.peers.get(self.secret.node, {})
+        seen = split_endpoint(own["seen"])[0] if own.get("seen") else ""
+        self.place = Place(seen, tuple(subnets), self.context.system.lan_hash(), me.get("local", False), me.get("punch", True))
+        return self._live
+
+    def keep_out(self) -> list[str]:
+        """What must never be routed into the tunnel: the server in use, the peers' endpoints, the own LANs."""
+        endpoints = [live.endpoint for live in self._live.peers.values() if live.endpoint]
+        found = [split_endpoint(text)[0] for text in endpoints]
+        if self.counters.server != "-":
+            host = split_url(self.counters.server)[1]
+            found += [host] if re.fullmatch(r"[0-9.]+|[0-9a-f:]*:[0-9a-f:]*", host) else []
+        return [*found, *self.place.subnets]
+
+    def desired(self, view: View) -> Desired:
+        """The interface that a view asks for, with an endpoint chosen for each peer."""
+        now = time.monotonic()
+        endpoints = {}
+        ranges = [view.me[width] for width in ("range", "range6") if view.me.get(width)]
+        mine = {text.split("/")[0] for text in self.place.subnets}
+        for node, record in view.peers.items():
+            key = record["key"]
+            live = self._live.peers.get(key)
+            turn = int((now - self.memory.waiting.get(key, now)) // TURN)
+            chosen = choose_endpoint(
+                record, self.place, live.endpoint if live else "", key in self.fresh, turn, view.endpoints.get(key, "")
+            )
+            address = split_endpoint(chosen)[0] if chosen else ""
+            if chosen and address not in mine and not inside(address, ranges):
+                endpoints[node] = chosen
+        wanted, warnings = desire(view, self.secret.node, self.config, self.private, endpoints, self.keep_out())
+        for warning in warnings:
+            self.context.say(f"{self.config.network}: {warning}")
+        if view.state == "disabled":
+            wanted = wanted._replace(peers={})
+        return wanted._replace(port=self._port(wanted.port))
+
+    def _port(self, wished: int) -> int:
+        """The server's port, unless the user fixed one or another program has it; what is chosen is kept over rebuilds."""
+        config, system = self.config, self.context.system
+        if config.port and (config.fixed or self._live.port == config.port == wished):
+            wished = config.port
+        if wished != self._live.port and not system.port_is_free(wished):
+            if config.fixed:
+                raise NetclientError(
+                    "UDP port %d is in use by another program: stop that, or join again with another --port" % wished
+                )
+            wished = (
+                self._live.port if self._live.port >= 1024 else next(p for p in range(wished, 65536) if system.port_is_free(p))
+            )
+        if wished != config.port:
+            config.port = wished
+            self.files.write(self.paths.of("netconfig", config.network), config.text())
+        return wished
+
+    def apply(self, view: View) -> bool:
+        """Make the machine what the view asks for; whether anything had to change."""
+        if view.state not in ("active", "disabled") or not (view.me.get("ip") or view.me.get("ip6")):
+            return False
+        wanted = self.desired(view)
+        backend = self.context.system.backend() if not self._live.exists else KernelWireGuard(self.run)
+        create = backend.create(self.config.interface)
+        many_routes = len(wanted.routes ^ self._live.routes) > 1
+        steps = plan(self._live, wanted, create, many_routes and self.context.system.batch())
+        if not self._live.exists:
+            self.run.apply(steps[:1])
+            self._await_interface()
+            steps = steps[1:] if self.run.dry else plan(self.context.system.actual(self.config.interface), wanted, create, False)
+        if set(self._live.peers) != set(wanted.peers):
+            self.memory.unsettled = time.monotonic() + UNSETTLED
+        self.run.apply(steps)
+        self.changes += steps
+        if steps and not self.run.dry:
+            self.read()
+        return bool(steps)
+
+    def _await_interface(self) -> None:
+        """A userspace implementation answers a moment after its link is there."""
+        end = time.monotonic() + 5
+        while not self.run.dry:
+            try:
+                self.run("wg", "show", self.config.interface, "dump")
+                return
+            except CommandFailed:
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.05)
+
+    def take_down(self) -> None:
+        """Remove the interface, and with it its peers, addresses and routes."""
+        if self.context.system.exists(self.config.interface):
+            self.run.apply([Step(("ip", "link", "del", "dev", self.config.interface), f"remove {self.config.interface}")])
+
+    def forget(self) -> None:
+        """Remove the membership's files: first the one that says it exists."""
+        for kind in ("netconfig", "secret", "wgkey", "nettoken", "peers", "memory", "state"):
+            self.files.remove(self.paths.of(kind, self.config.network))
+
+    # -- the conversation ------------------------------------------------------------------------------------------------
+
+    def facts(self) -> dict[str, Any]:
+        """What this machine is, as the server needs to know it."""
+        local = self.config.localaddress or self._local_address()
+        return {
+            "key": derived_public(self.private),
+            "port": self.config.port,
+            "fixed": self.config.fixed,
+            "endpoint": self.config.endpoint,
+            "local": local,
+            "lan": self.place.lan,
+            "os": f"{os.uname().sysname} {os.uname().release}",
+            "version": __version__,
+            "machine": self.context.system.machine_hash(),
+        }
+
+    def _local_address(self) -> str:
+        """This machine's address in its LAN: in --localrange, else the one that the conversation with the server uses, else any."""
+        found = [text.split("/")[0] for text in self.place.subnets]
+        if self.config.localrange:
+            found = [address for address in found if inside(address, [self.config.localrange])]
+        if self.session.own in found:
+            return self.session.own
+        before = str(self.memory.facts.get("local", ""))
+        return before if before in found else found[0] if found else ""
+
+    def exchange(self) -> Any:
+        """Report and ask; the body of a 200, None for nothing new."""
+        now = time.monotonic()
+        told = {} if self.run.dry else report(self.memory, self._live, self.fresh, self.facts(), self.config.wishes, now)
+        answer, data = self.session.exchange(told)
+        reported(self.memory, told)
+        self.memory.exchanged = now
+        said = self.context.system.step_clock(answer.time)
+        if said:
+            self.context.say(f"{self.config.network}: {said}")
+        return data
+
+    def check_in(self, handed: Answer | None = None, afresh: bool = False) -> None:
+        """One check-in: repair the machine from what is known, ask, apply what is new, confirm, remember.
+
+        afresh: take a snapshot whatever is known. Raises Refused, Unreachable and CommandFailed; the machine is then as the last
+        authenticated answer wants it.
+        """
+        self.read()
+        self.apply(self.memory.view)
+        if afresh:
+            self.counters.word = "-"
+        data = self._opened(handed) if handed is not None and handed.status == 200 else None
+        for _ in range(5):
+            try:
+                data = data or self.exchange()
+            except Unreachable:
+                self._roll_back()
+                raise
+            self.memory.trial = None
+            if data is None:
+                break
+            self.adopt(data)
+            data = None
+            if self.run.dry:
+                return
+        self.save_good()
+
+    def _opened(self, answer: Answer) -> Any:
+        body = answer.body if self.session.box is None else unseal(self.session.box, answer.body)
+        return json.loads(body)
+
+    def adopt(self, data: Mapping[str, Any]) -> None:
+        """Take a delta or snapshot: check it whole, remember it, then make the machine so."""
+        memory, before = self.memory, self.memory.view
+        before.word = self.counters.word
+        after = parse_news(before, json.dumps(data).encode())
+        after.incarnation = self.counters.incarnation
+        lingering(memory, before, after, "from" not in data, time.monotonic())
+        refused = memory.rejected.get("word") == after.word
+        if refused:  # taken back once: its peers count, its addresses and routes do not
+            after.me = before.me
+        self._check_clash(after)
+        if before.me and not refused and cuts_off(self._live, self._wanted_routes(after)):
+            memory.trial = before.values()
+        memory.view = after
+        self.counters.word = after.word
+        if not self.run.dry:
+            self.save_memory()
+            self.save_counters()
+        self.apply(after)
+
+    def _wanted_routes(self, view: View) -> Desired:
+        return (
+            desire(view, self.secret.node, self.config, self.private, {}, self.keep_out())[0]
+            if view.me
+            else Desired("", "", 0, 0, frozenset(), frozenset(), {})
+        )
+
+    def _check_clash(self, view: View) -> None:
+        """Refuse a network that lies over one of this machine's own: it would cut the machine off."""
+        for width in ("range", "range6"):
+            if not view.me.get(width):
+                continue
+            network: Any = ipaddress.ip_network(view.me[width])
+            for interface, found in self.context.system.addresses().items():
+                for text in found:
+                    own: Any = ipaddress.ip_interface(text).network
+                    if own.version == network.version and own.overlaps(network):
+                        raise NetclientError(
+                            f"the network's range {network} overlaps {own} of {interface} on this machine: nothing was changed; the administrator can move the network "
+                            f"(netmaker-lite network set {self.config.network} addressrange=…)"
+                        )
+
+    def _roll_back(self) -> None:
+        """Commit-confirm: the server was there before a change of addresses or routes and is not after it: take these back."""
+        trial = self.memory.trial
+        if trial is None:
+            return
+        end = time.monotonic() + 10
+        while time.monotonic() < end:
+            time.sleep(1)
+            try:
+                self.session.exchange()
+                return
+            except Unreachable:
+                continue
+            except Refused:
+                return
+        view, old = self.memory.view, View(trial)
+        self.memory.rejected = {"word": view.word, "reason": "the server could not be reached any more after applying it"}
+        self.context.say(
+            f"{self.config.network}: revision {view.word} cut this machine off from the server: its addresses and routes are taken back"
+        )
+        view.me, view.word = old.me, old.word
+        self.counters.word, self.memory.trial = old.word, None
+        self.read()
+        self.apply(view)
+
+    def finish(self) -> None:
+        """Write down when the next full check is due, and what the machine looks like until then."""
+        now, memory = time.monotonic(), self.memory
+        hurry = any(now - since < HOPELESS for key, since in memory.waiting.items() if self._tried(key))
+        unsettled = (
+            hurry
+            or now < memory.unsettled
+            or memory.trial is not None
+            or self.counters.word == "-"
+            or memory.view.state != "active"
+        )
+        self.counters.due = 0 if unsettled else now + CHECK_EVERY
+        self.counters.interface = self.config.interface
+        self.counters.local = self.session.own or "-"
+        self.counters.mark = machine_mark(self.config.interface)
+        self.save_memory()
+        self.save_counters()
+
+    def _tried(self, key: str) -> bool:
+        live = self._live.peers.get(key)
+        return live is not None and bool(live.endpoint) and live.keepalive > 0
+
+
+def _loaded(text: str) -> dict[str, Any]:
+    try:
+        values = json.loads(text)
+        return values if isinstance(values, dict) else {}
+    except ValueError:
+        return {}
+
+
+def derived_public(private: str) -> str:
+    """The WireGuard public key of a private one, in base64."""
+    return binascii.b2a_base64(public_key(binascii.a2b_base64(private)), newline=False).decode()
+
+
+def new_private() -> str:
+    """A WireGuard private key, clamped as `wg genkey` does, in base64."""
+    raw = bytearray(os.urandom(KEY_BYTES))
+    raw[0] &= 248
+    raw[31] = raw[31] & 127 | 64
+    return binascii.b2a_base64(bytes(raw), newline=False).decode()
+
+
+def check_in(context: Context, network: str, afresh: bool = False) -> ExitStatus:
+    """One check-in of one network, under its lock; another run that has the lock is no error."""
+    held, answer = HANDED_OVER.pop(network, (None, None))
+    if held is None:
+        context.files.volatile(context.paths.run + "/.made", "")
+        held = lock(context.paths.of("lock", network))
+    if held is None:
+        return ExitStatus.OK
+    try:
+        node = Node.load(context, network)
+        try:
+            return _check_in(node, answer, afresh)
+        except BadAnswer as bad:
+            raise Unreachable(f"{network}: {bad}") from bad
+        finally:
+            if context.paths.networks().count(network) and not context.run.dry:
+                node.finish()
+    finally:
+        os.close(held)
+
+
+def _check_in(node: Node, answer: Answer | None, afresh: bool) -> ExitStatus:
+    network, say = node.config.network, node.context.say
+    if node.secret.node == "-":
+        enrol(node)
+    try:
+        node.check_in(answer, afresh)
+    except Refused as no:
+        if no.code == 410:
+            end_membership(node)
+            say(f"{network}: removed by the administrator: {node.config.interface} is taken down and forgotten")
+            return ExitStatus.OK
+        if no.code != 404:
+            raise
+        say(f"{network}: the server does not know this node (restored from an older backup?): joining again")
+        enrol(node)
+        node.check_in(None, True)
+    if node.memory.view.state == "pending":
+        say(f"{network}: waiting for the administrator's approval")
+    elif node.memory.view.state == "disabled":
+        say(f"{network}: disabled by the administrator: no peers until it is enabled again")
+    if node.changes and not node.run.echo:
+        say("{}: {}".format(network, "; ".join(step.why for step in node.changes[:6]) + (" …" if len(node.changes) > 6 else "")))
+    return ExitStatus.OK
+
+
+def enrol(node: Node) -> None:
+    """Join with what is on disk: the first time, after an interrupted join, and when a restored server forgot this node."""
+    token = parse_stored(read_text(node.paths.of("nettoken", node.config.network)))
+    node.read()
+    wishes = dict(node.config.wishes)
+    if node.memory.view.me.get("ip"):
+        wishes["address"] = node.memory.view.me["ip"]
+    if node.memory.view.me.get("ip6"):
+        wishes["address6"] = node.memory.view.me["ip6"]
+
+    def proof(nonce: bytes) -> Mapping[str, Any]:
+        name, _, secret = token.partition(".")
+        return {"proof": {"key": name, "mac": key_proof(unb64(secret), node.secret.key("proof"), nonce)}} if token else {}
+
+    facts = node.facts()
+    data = node.session.join(proof, facts, wishes)
+    node.secret.node, node.secret.look = str(data["node"]), str(data["look"])
+    node.files.write(node.paths.of("secret", node.config.network), node.secret.text())
+    node.counters.epoch, node.counters.sequence, node.counters.word = 0, -1, "-"
+    node.memory.facts, node.memory.wishes = dict(facts), dict(wishes)
+    node.memory.seen, node.memory.mute = {}, {}
+    node.memory.view.state = str(data.get("state", ""))
+    node.save_counters()
+
+
+def parse_stored(text: str) -> str:
+    """`nettoken-NETWORK`: the access key "id.secret", or "" for manual sign-up."""
+    key = text.strip()
+    if key and not re.fullmatch(r"[\w-]{1,32}\.[\w-]{22,86}", key, re.ASCII):
+        raise NetclientError("the stored access key is damaged: join again with --force and a fresh token")
+    return key
+
+
+def end_membership(node: Node) -> None:
+    """The server said, authenticated, that it is over: confirm, take down, forget. It repeats itself until the confirmation arrives."""
+    node.take_down()
+    with contextlib.suppress(NetclientError, BadAnswer):
+        node.session.exchange({"confirm": True})
+    node.forget()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SERVICE
+# ---------------------------------------------------------------------------------------------------------------------
+
+LAUNCHER = """#!/bin/sh
+# Made by netclient-lite {version}; units and cron lines call this. Bytecode where it fits the interpreter, else the source.
+py={python} code={bytecode}
+[ -x "$py" ] && [ -f "$code" ] && exec "$py" -I -S "$code" "$@"
+exec {fallback} "$@"
+"""
+
+SYSTEMD_SERVICE = """[Unit]
+Description=netclient-lite: {what}
+Documentation=man:netclient-lite(1)
+After=network-online.target
+Wants=network-online.target
+
+[Service]
+Type={kind}
+ExecStart={launcher} {verb}
+# a userspace WireGuard is our child and must outlive a check-in
+KillMode=process
+{more}
+"""
+
+SYSTEMD_TIMER = """[Unit]
+Description=netclient-lite: a check-in every 15 s
+
+[Timer]
+OnCalendar=*:*:0/15
+AccuracySec=1s
+OnBootSec=1s
+
+[Install]
+WantedBy=timers.target
+"""
+
+
+class Systemd:
+    """systemd: a service and its timer, or the resident daemon. Named as the original's."""
+
+    name = "systemd"
+    folder = "/etc/systemd/system"
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    def is_supported(self) -> bool:
+        return os.path.isdir("/run/systemd/system") and not self.context.paths.root and self.context.run.has("systemctl")
+
+    def install(self, mode: str, launcher: str) -> None:
+        write = self.context.files.write
+        if mode == "resident":
+            more = "Restart=always\nRestartSec=5\n\n[Install]\nWantedBy=multi-user.target"
+            text = SYSTEMD_SERVICE.format(what="stay and apply changes", kind="exec", launcher=launcher, verb="daemon", more=more)
+        else:
+            text = SYSTEMD_SERVICE.format(what="check in", kind="oneshot", launcher=launcher, verb="checkin -n all", more="")
+        changed = write(self.folder + "/netclient.service", text, 0o644)
+        changed = (mode == "on" and write(self.folder + "/netclient.timer", SYSTEMD_TIMER, 0o644)) or changed
+        unit = "netclient.service" if mode == "resident" else "netclient.timer"
+        steps = [Step(("systemctl", "daemon-reload"), "reload units")] if changed else []
+        self.context.run.apply([*steps, Step(("systemctl", "enable", "--now", unit), "start " + unit)])
+
+    def remove(self) -> None:
+        if not self.is_supported():
+            return
+        for unit in ("netclient.timer", "netclient.service"):
+            if os.path.exists(self.folder + "/" + unit):
+                self.context.run.apply([Step(("systemctl", "disable", "--now", unit), "stop " + unit)])
+                self.context.files.remove(self.folder + "/" + unit)
+
+
+def settle_in(context: Context) -> str:
+    """Make `/etc/netclient/netclient`, a launcher with a path that stays; a lone file copies itself beside it. Returns the launcher's path."""
+    import py_compile
+
+    home, here = context.paths.home, os.path.abspath(__file__)
+    launcher = home + "/netclient"
+    if not here.endswith(".py") or "/site-packages/" in here or "/dist-packages/" in here:
+        bytecode, fallback = here, "netclient-lite"  # installed as a module or package: used where it is
+        if here.endswith(".py"):
+            from importlib.util import cache_from_source
+
+            bytecode, fallback = cache_from_source(here), f"{sys.executable} {here}"
+    else:
+        source, bytecode = home + "/netclient_lite.py", home + "/netclient_lite.pyc"
+        context.files.write(source, read_text(here), 0o755)
+        fallback = "python3 " + source
+        if not context.run.dry:
+            py_compile.compile(source, cfile=bytecode, doraise=True)
+    text = LAUNCHER.format(version=__version__, python=sys.executable, bytecode=bytecode, fallback=fallback)
+    context.files.write(launcher, text, 0o755)
+    return launcher
+
+
+def install_service(context: Context, mode: str) -> None:
+    """Have a check-in happen every 15 s, or the daemon stay. Never fails a join: says what to do where it cannot."""
+    launcher = settle_in(context)
+    if mode == "off":
+        return
+    systemd = Systemd(context)
+    try:
+        if systemd.is_supported():
+            systemd.install(mode, launcher)
+            return
+    except NetclientError as bad:
+        context.say(f"the service could not be set up: {bad}")
+    context.say(
+        f"no init system that this agent knows runs here: call `{launcher} checkin -n all` every 15 s from cron (see cron/README.md), or keep `{launcher} daemon` running"
+    )
+
+
+def nudge_daemon(context: Context) -> None:
+    """Tell a running daemon that the set of networks has changed."""
+    pid = read_text(context.paths.run + "/daemon.pid").strip()
+    if pid.isdigit() and "netclient" in read_text(f"/proc/{pid}/cmdline"):
+        with contextlib.suppress(OSError):
+            os.kill(int(pid), signal.SIGHUP)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# COMMANDS
+# ---------------------------------------------------------------------------------------------------------------------
+
+Options = argparse.Namespace
+
+
+def need_root(verb: str) -> None:
+    """WireGuard and routes belong to root."""
+    if os.geteuid() != 0:
+        raise NetclientError(f"{verb} changes this machine's network and must run as root: try `sudo netclient-lite {verb} …`")
+
+
+def need_tools(context: Context) -> None:
+    for program, packet in (("wg", "wireguard-tools"), ("ip", "iproute2 (or BusyBox' ip)")):
+        if not context.run.has(program):
+            raise NetclientError(f"`{program}` is not installed: install {packet} and run this again")
+
+
+def chosen_networks(context: Context, options: Options) -> list[str]:
+    """The networks that -n names: one that is joined, or all."""
+    joined = context.paths.networks()
+    wanted = (options.network or "all").lower()
+    if wanted == "all":
+        return joined
+    if wanted not in joined:
+        known = "joined: " + ", ".join(joined) if joined else "none is joined"
+        raise NetclientError(f"this machine is not in a network {options.network!r} ({known})")
+    return [wanted]
+
+
+def cmd_join(context: Context, options: Options) -> ExitStatus:
+    """Become a node of a network; on a joined machine update the settings."""
+    need_root("join")
+    need_tools(context)
+    token = access_token(options)
+    network = token.network
+    held = _locked(context, network)
+    try:
+        if network in context.paths.networks() and not options.force:
+            node = Node.load(context, network)
+            if node.secret.node != "-":
+                return update(node, options)
+            context.say(f"{network}: going on with the join that was interrupted")
+            return complete(node, fresh=False)
+        node = prepare(context, token, options)
+        return complete(node, fresh=True)
+    finally:
+        os.close(held)
+
+
+def _locked(context: Context, network: str) -> int:
+    context.files.volatile(context.paths.run + "/.made", "")
+    if context.run.dry and not os.path.isdir(context.paths.run):
+        return os.open("/dev/null", os.O_RDONLY)
+    held = lock(context.paths.of("lock", network), wait=True)
+    if held is None:
+        raise NetclientError(f"another run holds the lock of {network}: wait for it to end")
+    return held
+
+
+def access_token(options: Options) -> Token:
+    """The token of --token, with what other flags say beside it; else the one that --apiserver, -n, --key and --server-key make."""
+    token = parse_token(options.token) if options.token else None
+    if token is None and not (options.apiserver and options.network):
+        raise UsageError("join needs a token (-t TOKEN), or the server and the network (--apiserver HOST:PORT -n NET [-k KEY])")
+    servers, network = (token.servers, token.network) if token else ((), "")
+    if options.network and options.network != "all":
+        asked = check_network(options.network)
+        if token and asked != network:
+            raise UsageError(f"the token is for the network {network}, not {asked}")
+        network = asked
+    if options.apiserver:
+        place = options.apiserver if "://" in options.apiserver else "http://" + options.apiserver
+        try:
+            split_url(place)
+        except ValueError as bad:
+            raise UsageError(f"--apiserver: {bad}") from bad
+        servers = (place.rstrip("/"),)
+    pin = token.pin if token else b""
+    if options.server_key:
+        try:
+            pin = unb64(options.server_key)
+        except ValueError:
+            pin = b""
+        if len(pin) != KEY_BYTES:
+            raise UsageError("--server-key is no server key: 43 characters, as `netmaker-lite serve` prints them")
+    key = options.key or (token.key if token else "")
+    return Token(servers, pin, network, parse_stored(key) if key else "")
+
+
+def trusted_pin(context: Context, token: Token, options: Options) -> bytes:
+    """The server's key where no token brought it: over https by certificate, else by a person's word."""
+    sender = transport()
+    server = token.servers[0]
+    try:
+        pin = fetch_pin(sender, server, verify=server.startswith("https:"))
+    except (OSError, BadAnswer) as bad:
+        raise Unreachable(f"{server}: no netmaker-lite server answers there ({bad})") from bad
+    if server.startswith("https:") or options.accept_key:
+        return pin
+    if sys.stdin.isatty():
+        print(
+            f"The server at {server} has the key\n  {b64(pin)}\nIs that what `netmaker-lite serve` printed there? [y/N] ",
+            end="",
+            flush=True,
+        )
+        if sys.stdin.readline().strip().lower() in ("y", "yes"):
+            return pin
+        raise NetclientError("the server's key was not confirmed: nothing was changed")
+    line = " ".join(word for word in sys.argv[1:] if word != "join")
+    raise NetclientError(
+        f"the server's key is not known and nobody is there to confirm it. If {b64(pin)} is what `netmaker-lite serve` printed, run: "
+        f"netclient-lite join {line} --server-key {b64(pin)}"
+    )
+
+
+def prepare(context: Context, token: Token, options: Options) -> Node:
+    """Check all that a join needs, before anything is written; then write the membership's files."""
+    network = token.network
+    interface = options.interface or "nm-" + network
+    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,15}", interface):
+        raise UsageError(f"{interface!r} is no interface name: 1 to 15 letters, digits, '_', '.' or '-'")
+    context.system.backend()
+    port = _join_port(context, options)
+    if context.system.exists(interface) and not options.force:
+        raise NetclientError(
+            f"an interface {interface} is there already: remove it (ip link del {interface}), or join with --force or another --interface"
+        )
+    wishes = {name: getattr(options, name) for name in WISHES if getattr(options, name) is not None}
+    wishes["name"] = check_name(options.name) if options.name else fold_name(os.uname().nodename)
+    for name, version in (("address", 4), ("address6", 6)):
+        if wishes.get(name):
+            wishes[name] = check_address(wishes[name], version)
+    chosen = {name: getattr(options, name) or "" for name in ("endpoint", "localaddress", "localrange")}
+    for name in ("endpoint", "localaddress"):
+        chosen[name] = chosen[name] and check_address(chosen[name])
+    if chosen["localrange"]:
+        try:
+            ipaddress.ip_network(chosen["localrange"])
+        except ValueError as bad:
+            raise UsageError(f"--localrange: {bad}") from bad
+    private = options.privatekey or new_private()
+    if options.publickey and options.publickey != derived_public(check_key(private)):
+        raise UsageError("--publickey does not belong to --privatekey")
+    pin = token.pin or trusted_pin(context, token, options)
+    values = {**Config.FIELDS, **chosen, "network": network, "servers": list(token.servers), "interface": interface, "port": port}
+    config = Config({**values, "fixed": options.port is not None, "wishes": wishes, "daemon": options.daemon or "on"})
+    scalar = os.urandom(KEY_BYTES)
+    secret = Secret(network, "-", "-", public_key(scalar), x25519(scalar, pin), pin)
+    before = Node.load(context, network) if network in context.paths.networks() else None
+    _prove(context, config, secret)
+    if before is not None:
+        leave_node(before)
+    elif context.system.exists(interface):
+        context.run.apply([Step(("ip", "link", "del", "dev", interface), f"remove the {interface} that is in the way")])
+    paths, files = context.paths, context.files
+    # netconfig last: a membership exists with it, and then nothing is missing
+    files.write(paths.of("wgkey", network), private + "\n")
+    files.write(paths.of("nettoken", network), token.key + "\n")
+    files.write(paths.of("secret", network), secret.text())
+    files.write(paths.of("netconfig", network), config.text())
+    for kind in ("memory", "state", "peers"):
+        files.remove(paths.of(kind, network))
+    return Node(context, config, secret, private)
+
+
+def _prove(context: Context, config: Config, secret: Secret) -> None:
+    """Reach the server and have it prove that it holds the pinned key."""
+    try:
+        answer = Session(config, secret, Counters(), lambda: None).prove()
+    except Unreachable as bad:
+        raise Unreachable(f"nothing was changed: {bad}") from bad
+    said = context.system.step_clock(answer.time)
+    if said:
+        context.say(said)
+
+
+def _join_port(context: Context, options: Options) -> int:
+    if options.port is not None:
+        if not context.system.port_is_free(check_port(options.port)):
+            raise NetclientError("UDP port %d is in use by another program: stop that, or choose another --port" % options.port)
+        return int(options.port)
+    return next(port for port in range(51821, 65536) if context.system.port_is_free(port))
+
+
+def complete(node: Node, fresh: bool) -> ExitStatus:
+    """Tell the server, bring the interface up, install the service; undo all of it when the server says no or the machine cannot."""
+    context, network = node.context, node.config.network
+    if context.run.dry:
+        address = "(address from the server)"
+        print(
+            "[#] join {} at {}\n[#] {}".format(
+                network, node.config.servers[0], " ".join(context.system.backend().create(node.config.interface).argv)
+            )
+        )
+        print(f"[#] ip addr add {address} dev {node.config.interface}\n[#] ip link set dev {node.config.interface} up")
+        return ExitStatus.OK
+    try:
+        enrol(node)
+        node.check_in()
+    except (Unreachable, BadAnswer) as bad:
+        # it may have heard us: the files stay, and the next try is the same join to the server, not a second one
+        raise Unreachable(
+            f"the server stopped answering during the join ({bad}): run the same command again, it goes on where it was"
+        ) from bad
+    except NetclientError:
+        if fresh:
+            _undo(node)
+        raise
+    node.finish()
+    install_service(context, node.config.daemon)
+    nudge_daemon(context)
+    me, name = node.memory.view.me, node.config.network
+    if node.memory.view.state == "pending":
+        print(
+            f"{name}: asked to join; waiting for the administrator's approval (netmaker-lite node approve {name} {node.secret.node})"
+        )
+    else:
+        where = " and ".join(me[kind] for kind in ("ip", "ip6") if me.get(kind))
+        print("%s: joined as %s with %s on %s, port %d" % (name, me["name"], where, node.config.interface, node.config.port))
+    return ExitStatus.OK
+
+
+def _undo(node: Node) -> None:
+    """Take a join back: at the server, on the machine, on the disk."""
+    if node.secret.node != "-":
+        with contextlib.suppress(NetclientError, BadAnswer):
+            node.session.exchange({"leave": True})
+    node.take_down()
+    node.forget()
+
+
+def update(node: Node, options: Options) -> ExitStatus:
+    """Join on a joined machine: new wishes and settings, the membership stays."""
+    config = node.config
+    for name in WISHES:
+        if getattr(options, name) is not None:
+            config.wishes[name] = getattr(options, name)
+    for name in ("endpoint", "localaddress", "localrange", "daemon"):
+        if getattr(options, name):
+            setattr(config, name, getattr(options, name))
+    if options.port is not None and options.port != config.port:
+        config.port, config.fixed = _join_port(node.context, options), True
+    node.files.write(node.paths.of("netconfig", config.network), config.text())
+    node.check_in()
+    if not node.run.dry:
+        node.finish()
+    install_service(node.context, config.daemon)
+    print(f"{config.network}: is joined already; settings updated (--force joins anew)")
+    return ExitStatus.OK
+
+
+def leave_node(node: Node) -> bool:
+    """Leave one network; whether the server heard it. Works with the server gone."""
+    heard = False
+    if node.secret.node != "-" and not node.run.dry:
+        try:
+            node.session.exchange({"leave": True})
+        except Refused as no:
+            heard = no.code in (404, 410)
+            if heard and no.code == 410:
+                with contextlib.suppress(NetclientError, BadAnswer):
+                    node.session.exchange({"confirm": True})
+        except (Unreachable, BadAnswer):
+            pass
+    node.take_down()
+    node.forget()
+    return heard
+
+
+def cmd_leave(context: Context, options: Options) -> ExitStatus:
+    """Take networks down and forget them, also with the server gone."""
+    need_root("leave")
+    if not options.network:
+        raise UsageError("leave needs -n NETWORK, or -n all")
+    for network in chosen_networks(context, options):
+        held = _locked(context, network)
+        try:
+            try:
+                node = Node.load(context, network)
+            except NetclientError:  # interrupted half-way: finish it
+                _leave_rest(context, network)
+                continue
+            heard = leave_node(node)
+            after = "" if heard or context.run.dry else "; the server could not be told: its administrator can remove the node"
+            print(f"{network}: left{after}")
+        finally:
+            os.close(held)
+            context.files.remove(context.paths.of("lock", network))
+    if not context.paths.networks():
+        Systemd(context).remove()
+    nudge_daemon(context)
+    return ExitStatus.OK
+
+
+def _leave_rest(context: Context, network: str) -> None:
+    interface = str(_loaded(read_text(context.paths.of("netconfig", network))).get("interface") or "nm-" + network)
+    if context.system.exists(interface):
+        context.run.apply([Step(("ip", "link", "del", "dev", interface), f"remove {interface}")])
+    for kind in ("netconfig", "secret", "wgkey", "nettoken", "peers", "memory", "state"):
+        context.files.remove(context.paths.of(kind, network))
+    print(f"{network}: its files were damaged or incomplete; all of it is removed")
+
+
+def cmd_checkin(context: Context, options: Options, afresh: bool = False) -> ExitStatus:
+    """One check-in of one or all networks: what cron, procd and systemd call."""
+    need_root("checkin")
+    outcome = ExitStatus.OK
+    for network in chosen_networks(context, options):
+        try:
+            check_in(context, network, afresh or bool(options.force))
+        except NetclientError as bad:
+            context.say(f"{network}: {bad}" if not str(bad).startswith(network + ":") else str(bad))
+            outcome = ExitStatus.FAILED
+    return outcome
+
+
+def cmd_pull(context: Context, options: Options) -> ExitStatus:
+    """Fetch the whole state anew and apply it."""
+    return cmd_checkin(context, options, afresh=True)
+
+
+def cmd_push(context: Context, options: Options) -> ExitStatus:
+    """Tell the server all about this machine again."""
+    need_root("push")
+    for network in chosen_networks(context, options):
+        held = _locked(context, network)
+        try:
+            node = Node.load(context, network)
+            node.memory.facts, node.memory.wishes, node.memory.seen, node.memory.mute = {}, {}, {}, {}
+            node.check_in()
+            node.finish()
+        finally:
+            os.close(held)
+    return ExitStatus.OK
+
+
+def cmd_list(context: Context, options: Options) -> ExitStatus:
+    """The networks of this machine and their nodes, from what is known here."""
+    listed = []
+    for network in chosen_networks(context, options):
+        node = Node.load(context, network)
+        view, me = node.memory.view, node.memory.view.me
+        own = view.peers.get(node.secret.node, {})
+        peers = [
+            {
+                "name": record["name"],
+                "address": record.get("ip") or record.get("ip6", ""),
+                "endpoint": (candidates(record, node.place) or [""])[0],
+            }
+            for other, record in view.peers.items()
+            if other != node.secret.node
+        ]
+        entry = {"network": network, "name": me.get("name", ""), "address": me.get("ip", ""), "address6": me.get("ip6", "")}
+        where = own.get("static") or own.get("at") or own.get("seen") or own.get("local", "")
+        listed.append(
+            {
+                **entry,
+                "publickey": derived_public(node.private),
+                "endpoint": where,
+                "peers": sorted(peers, key=lambda peer: peer["name"]),
+            }
+        )
+    if options.json:
+        print(json.dumps(listed, indent=2))
+        return ExitStatus.OK
+    for entry in listed:
+        print("{}: {} {}".format(entry["network"], entry["name"], entry["address"] or entry["address6"] or "(no address yet)"))
+        rows = [(peer["name"], peer["address"], peer["endpoint"] or "-") for peer in entry["peers"]]
+        print(table(("  PEER", "ADDRESS", "ENDPOINT"), [("  " + row[0], *row[1:]) for row in rows]), end="")
+    if not listed:
+        print("no network is joined")
+    return ExitStatus.OK
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Text in columns; "" without rows."""
+    if not rows:
+        return ""
+    widths = [max(len(str(row[i])) for row in (head, *rows)) for i in range(len(head))]
+    lines = ["  ".join(str(cell).ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (head, *rows)]
+    return "\n".join(lines) + "\n"
+
+
+def status_of(node: Node) -> dict[str, Any]:
+    """What `status --json` says of one network; ages in seconds, last_exchange in unix seconds."""
+    now, wall, view = time.monotonic(), time.time(), node.memory.view
+    actual = node.read()
+    peers = []
+    for other, record in sorted(view.peers.items(), key=lambda pair: str(pair[1]["name"])):
+        if other == node.secret.node:
+            continue
+        live = actual.peers.get(record["key"], LivePeer(record["key"], "", frozenset(), 0, 0, 0, 0))
+        fresh = record["key"] in node.fresh
+        near = bool(live.endpoint) and inside(split_endpoint(live.endpoint)[0], node.place.subnets)
+        peers.append(
+            {
+                "name": record["name"],
+                "public_key": record["key"],
+                "address": record.get("ip") or record.get("ip6", ""),
+                "endpoint": live.endpoint,
+                "path": ("local" if near else "direct") if fresh else "none",
+                "via": "",
+                "handshake_age": max(0, int(wall) - live.handshake) if live.handshake else None,
+                "rx": live.rx,
+                "tx": live.tx,
+            }
+        )
+    exchanged = node.memory.exchanged
+    return {
+        "network": node.config.network,
+        "node": view.me.get("name", node.secret.node),
+        "interface": node.config.interface,
+        "address": view.me.get("ip", ""),
+        "address6": view.me.get("ip6", ""),
+        "server": node.counters.server if node.counters.server != "-" else node.config.servers[0],
+        "connected": actual.exists and actual.up,
+        "revision": view.word,
+        "last_exchange": int(wall - now + exchanged) if 0 < exchanged <= now else None,
+        "peers": peers,
+    }
+
+
+def cmd_status(context: Context, options: Options) -> ExitStatus:
+    """Nodes, last contact, and for each peer the path, the endpoint, the age of the handshake and the traffic."""
+    need_root("status")
+    listed = [status_of(Node.load(context, network)) for network in chosen_networks(context, options)]
+    if options.json:
+        print(json.dumps(listed, indent=2))
+        return ExitStatus.OK
+    for entry in listed:
+        last = entry["last_exchange"]
+        contact = "last contact %d s ago" % (time.time() - last) if last else "no contact yet"
+        up = entry["interface"] if entry["connected"] else entry["interface"] + " (down)"
+        where = " ".join(filter(None, (entry["address"], entry["address6"]))) or "(no address yet)"
+        print(
+            "{}: {}, {} on {}; {}, {}, revision {}".format(
+                entry["network"], entry["node"], where, up, entry["server"], contact, entry["revision"]
+            )
+        )
+        rows = [
+            (
+                "  " + peer["name"],
+                peer["address"],
+                peer["path"],
+                peer["endpoint"] or "-",
+                "%d s ago" % peer["handshake_age"] if peer["handshake_age"] is not None else "never",
+                "{} / {}".format(amount(peer["rx"]), amount(peer["tx"])),
+            )
+            for peer in entry["peers"]
+        ]
+        print(table(("  PEER", "ADDRESS", "PATH", "ENDPOINT", "HANDSHAKE", "RECEIVED / SENT"), rows), end="")
+    if not listed:
+        print("no network is joined")
+    return ExitStatus.OK
+
+
+def amount(count: int) -> str:
+    """Bytes for people."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            return "%d B" % size if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    raise AssertionError("unreachable")
+
+
+def cmd_daemon(context: Context, options: Options) -> ExitStatus:
+    """Stay, wait for the server's word, and apply changes within a second."""
+    need_root("daemon")
+    stop, again = threading.Event(), threading.Event()
+
+    def end(*_: Any) -> None:
+        stop.set()
+        again.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    signal.signal(signal.SIGHUP, lambda *_: again.set())
+    context.files.volatile(context.paths.run + "/daemon.pid", "%d\n" % os.getpid())
+    watchers: dict[str, threading.Thread] = {}
+    while not stop.is_set():
+        for network in context.paths.networks():
+            if network not in watchers or not watchers[network].is_alive():
+                watchers[network] = threading.Thread(target=stay, args=(context, network, stop), daemon=True)
+                watchers[network].start()
+        again.clear()
+        again.wait()
+    return ExitStatus.OK
+
+
+def stay(context: Context, network: str, stop: threading.Event) -> None:
+    """The daemon's work for one network: check in, then wait for a new word. Says a failure once, and again when it changes."""
+    said = ""
+    while not stop.is_set() and network in context.paths.networks():
+        try:
+            check_in(context, network)
+            said, failed = "", False
+        except NetclientError as bad:
+            if str(bad) != said:
+                context.say(str(bad))
+            said, failed = str(bad), True
+        if network not in context.paths.networks():
+            return
+        wait_for_word(context, network, stop, failed)
+
+
+def wait_for_word(context: Context, network: str, stop: threading.Event, failed: bool) -> None:
+    """Return when there is a reason for a check-in: a new word, the next full check, or a while after a failure."""
+    while not stop.is_set():
+        try:
+            node = Node.load(context, network)
+            left = node.counters.due - time.monotonic()
+            word = "" if failed else node.session.look(int(max(3, min(50, left))))
+        except (NetclientError, BadAnswer, OSError):
+            word = ""
+        if not word:
+            stop.wait(5 if failed else 15)
+            return
+        if word != node.counters.word or left <= 50:
+            return
+
+
+def cmd_version(context: Context, options: Options) -> ExitStatus:
+    """The version."""
+    print(f"netclient-lite {__version__} (protocol {PROTOCOL})")
+    return ExitStatus.OK
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# CLI
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Command(NamedTuple):
+    """A verb: what it does, which flags its help shows."""
+
+    name: str
+    function: Callable[[Context, Options], ExitStatus]
+    help: str
+    flags: tuple[str, ...]
+
+
+JOIN_FLAGS = tuple(setting.name for setting in SETTINGS)
+COMMANDS = (
+    Command("join", cmd_join, "become a node of a network", (*JOIN_FLAGS, "accept-key", "force", "dry-run")),
+    Command("leave", cmd_leave, "leave a network (-n NET or all), also with the server gone", ("network", "dry-run")),
+    Command(
+        "checkin",
+        cmd_checkin,
+        "check in once: ask, apply what is new, repair what is not as it should be",
+        ("network", "force", "dry-run"),
+    ),
+    Command("pull", cmd_pull, "fetch the whole state anew and apply it", ("network", "dry-run")),
+    Command("push", cmd_push, "tell the server all about this machine again", ("network", "dry-run")),
+    Command("list", cmd_list, "networks and their nodes, from what is known here", ("network", "json")),
+    Command("status", cmd_status, "peers, their paths, endpoints and handshakes", ("network", "json")),
+    Command("daemon", cmd_daemon, "stay, and apply changes within a second", ()),
+    Command("version", cmd_version, "print the version", ()),
+)
+SWITCHES = (
+    ("accept-key", "trust the server's key without a token or --server-key (for scripts, on a network you trust)"),
+    ("force", "join: replace what is there; checkin: a full one"),
+    ("dry-run", "print the commands and files, change nothing"),
+    ("json", "print JSON"),
+    ("verbose", "print each command that changes the machine"),
+)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser, from the tables. Every flag is taken by every verb, as in the original; a verb's help shows its own."""
+    parser = argparse.ArgumentParser(
+        "netclient-lite", description="The agent of netmaker-lite: WireGuard meshes for routers, NAS and IoT."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        verb = verbs.add_parser(command.name, help=command.help, description=command.help)
+        for setting in SETTINGS:
+            names = ["--" + setting.name, *("-" + alias for alias in setting.aliases if len(alias) == 1)]
+            names += ["--" + alias for alias in setting.aliases if len(alias) > 1]
+            text = f"{setting.help} [{setting.env}]" if setting.name in command.flags else argparse.SUPPRESS
+            verb.add_argument(
+                *names, dest=setting.name.replace("-", "_"), help=text, metavar=setting.metavar or setting.kind.upper()
+            )
+        for name in IGNORED:
+            verb.add_argument("--" + name, help=argparse.SUPPRESS)
+        for name, text in SWITCHES:
+            shown = text if name in command.flags or name == "verbose" else argparse.SUPPRESS
+            verb.add_argument("--" + name, *(["-v"] if name == "verbose" else []), action="store_true", help=shown)
+        verb.set_defaults(command=command)
+    return parser
+
+
+def spelled_out(arguments: Sequence[str]) -> list[str]:
+    """The original's spellings to ours: `-daemon=off` and `-pubkey K` get their second dash, old short forms their name."""
+    known = {alias for setting in SETTINGS for alias in (setting.name, *setting.aliases) if len(alias) > 1}
+    known |= set(IGNORED) | {"help", "version"} | {name for name, _ in SWITCHES}
+    words = []
+    for word in arguments:
+        name, found, value = word.lstrip("-").partition("=")
+        dashes = len(word) - len(word.lstrip("-"))
+        if dashes == 1 and name in IGNORED_ALIASES:
+            words.append("--" + IGNORED_ALIASES[name] + found + value)
+        elif dashes == 1 and name in known:
+            words.append("-" + word)
+        else:
+            words.append(word)
+    return words
+
+
+def resolve(options: Options, environment: Mapping[str, str], say: Callable[[str], None]) -> None:
+    """Flag, else environment: each setting's value in its kind, None where neither says anything."""
+    for setting in SETTINGS:
+        name = setting.name.replace("-", "_")
+        text = getattr(options, name)
+        text = environment.get(setting.env) if text is None else text
+        setattr(options, name, setting_value(setting, text) if text not in (None, "") else None)
+    for name in IGNORED:
+        if getattr(options, name) is not None:
+            say(f"--{name} means nothing to netclient-lite and is ignored")
+
+
+def say(sentence: str) -> None:
+    """One line for the user: on stderr, or in the system's log where stderr leads nowhere."""
+    try:
+        nowhere = os.fstat(2).st_rdev == os.stat(os.devnull).st_rdev and os.fstat(2).st_mode & 0o170000 == 0o020000
+    except OSError:
+        nowhere = True
+    if nowhere:
+        import syslog
+
+        syslog.openlog("netclient-lite", syslog.LOG_PID, syslog.LOG_DAEMON)
+        syslog.syslog(syslog.LOG_NOTICE, sentence)
+    else:
+        print("netclient-lite: " + sentence, file=sys.stderr, flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: returns the exit status."""
+    options = build_parser().parse_args(spelled_out(sys.argv[1:] if arguments is None else arguments))
+    os.umask(0o077)
+    try:
+        resolve(options, os.environ, say)
+        paths = Paths(root_folder())
+        run, files = Run(options.dry_run, options.verbose), Files(options.dry_run)
+        context = Context(paths, run, files, System(run), say)
+        return int(options.command.function(context, options))
+    except NetclientError as bad:
+        say(str(bad))
+        return int(bad.status)
+    except BadAnswer as bad:
+        say(f"the server's answer does not count: {bad}")
+        return int(ExitStatus.FAILED)
+    except KeyboardInterrupt:
+        return int(ExitStatus.FAILED)
+    except BrokenPipeError:  # `status | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return int(ExitStatus.OK)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
