@@ -1476,6 +1476,16 @@ class Files:
         except OSError as bad:
             raise NetclientError(f"cannot write {path} ({bad.strerror}): make room there") from bad
 
+    def lock(self, path: str, wait: bool = False) -> int | None:
+        """Take a lock file, making its folder; None when another run has it. A dry run without a folder has nothing to lock."""
+        if self.dry and not os.path.isdir(os.path.dirname(path)):
+            return os.open(os.devnull, os.O_RDONLY)
+        try:
+            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+            return lock(path, wait)
+        except OSError as bad:
+            raise NetclientError(f"cannot lock {path} ({bad.strerror}): make room there") from bad
+
     @staticmethod
     def _sync_folder(path: str) -> None:
         handle = os.open(path, os.O_RDONLY)
@@ -1558,12 +1568,16 @@ class System:
     def exists(self, interface: str) -> bool:
         return any(line.split(":")[0].strip() == interface for line in read_text("/proc/net/dev").splitlines())
 
-    def actual(self, interface: str) -> Actual:
-        """What the interface is now: three or four short commands."""
-        if not self.exists(interface):
+    def links(self) -> dict[str, tuple[bool, int, list[str]]]:
+        """All interfaces: whether up, MTU, addresses with prefix length."""
+        return parse_links(self.run("ip", "addr", "show"))
+
+    def actual(self, interface: str, links: Mapping[str, tuple[bool, int, list[str]]]) -> Actual:
+        """What the interface is now: three more short commands where it is there."""
+        if interface not in links:
             return Actual()
+        up, mtu, addresses = links[interface]
         device = parse_dump(self.run("wg", "show", interface, "dump"))
-        up, mtu, addresses = parse_links(self.run("ip", "addr", "show", "dev", interface)).get(interface, (False, 0, []))
         routes = self.run("ip", "route", "show", "dev", interface)
         if os.path.exists("/proc/net/if_inet6"):
             routes += self.run("ip", "-6", "route", "show", "dev", interface)
@@ -1577,10 +1591,14 @@ class System:
         except CommandFailed:
             return False
 
-    def addresses(self) -> dict[str, list[str]]:
-        """Addresses with prefix length by interface, of real networks only: no loopback, container, tunnel or overlay."""
-        links = parse_links(self.run("ip", "addr", "show"))
-        return {name: found for name, (up, _, found) in links.items() if up and found and not OVERLAY_OR_CONTAINER.match(name)}
+    def subnets(self, links: Mapping[str, tuple[bool, int, list[str]]]) -> dict[str, str]:
+        """Addresses with prefix length and their interface, of real networks only: no loopback, container, tunnel or overlay."""
+        real = {name: found for name, (up, _, found) in links.items() if up and not OVERLAY_OR_CONTAINER.match(name)}
+        return {text: name for name, found in real.items() for text in found}
+
+    def removal(self, interface: str) -> list[Step]:
+        """The step that removes an interface, where it is there."""
+        return [Step(("ip", "link", "del", "dev", interface), f"remove {interface}")] if self.exists(interface) else []
 
     def lan_hash(self) -> str:
         """A hash of the default gateway's MAC: machines that have the same one are in the same LAN."""
@@ -1943,6 +1961,12 @@ def lingering(memory: Memory, before: View, after: View, snapshot: bool, now: fl
         del after.peers[node], memory.kept[node]
 
 
+def forget(context: Context, network: str) -> None:
+    """Remove a membership's files: first the one that says it exists."""
+    for kind in ("netconfig", "secret", "wgkey", "nettoken", "peers", "memory", "state"):
+        context.files.remove(context.paths.of(kind, network))
+
+
 class Node:
     """One membership on this machine: its files, its conversation, its interface."""
 
@@ -1953,6 +1977,8 @@ class Node:
         self.memory = self._remembered()
         self.session = Session(config, secret, self.counters, self.save_counters)
         self.place = Place()
+        self.homes: dict[str, str] = {}
+        self._live = Actual()
         self.fresh: set[str] = set()
         self.changes: list[Step] = []
 
@@ -2009,13 +2035,14 @@ class Node:
 
     def read(self) -> Actual:
         """Read the machine: the interface, and where this machine stands."""
-        self._live = self.context.system.actual(self.config.interface)
+        links = self.context.system.links()
+        self._live = self.context.system.actual(self.config.interface, links)
         self.fresh = watch(self.memory, self._live, time.time(), time.monotonic())
-        subnets = [text for found in self.context.system.addresses().values() for text in found]
+        self.homes = self.context.system.subnets(links)
         me = self.memory.view.me
         own = self.memory.view.peers.get(self.secret.node, {})
         seen = split_endpoint(own["seen"])[0] if own.get("seen") else ""
-        self.place = Place(seen, tuple(subnets), self.context.system.lan_hash(), me.get("local", False), me.get("punch", True))
+        self.place = Place(seen, tuple(self.homes), self.context.system.lan_hash(), me.get("local", False), me.get("punch", True))
         return self._live
 
     def keep_out(self) -> list[str]:
@@ -2080,7 +2107,8 @@ class Node:
         if not self._live.exists:
             self.run.apply(steps[:1])
             self._await_interface()
-            steps = steps[1:] if self.run.dry else plan(self.context.system.actual(self.config.interface), wanted, create, False)
+            system, name = self.context.system, self.config.interface
+            steps = steps[1:] if self.run.dry else plan(system.actual(name, system.links()), wanted, create)
         if set(self._live.peers) != set(wanted.peers):
             self.memory.unsettled = time.monotonic() + UNSETTLED
         self.run.apply(steps)
@@ -2102,14 +2130,9 @@ class Node:
                 time.sleep(0.05)
 
     def take_down(self) -> None:
-        """Remove the interface, and with it its peers, addresses and routes."""
-        if self.context.system.exists(self.config.interface):
-            self.run.apply([Step(("ip", "link", "del", "dev", self.config.interface), f"remove {self.config.interface}")])
-
-    def forget(self) -> None:
-        """Remove the membership's files: first the one that says it exists."""
-        for kind in ("netconfig", "secret", "wgkey", "nettoken", "peers", "memory", "state"):
-            self.files.remove(self.paths.of(kind, self.config.network))
+        """Remove the interface, and with it its peers, addresses and routes; then the membership's files."""
+        self.run.apply(self.context.system.removal(self.config.interface))
+        forget(self.context, self.config.network)
 
     # -- the conversation ------------------------------------------------------------------------------------------------
 
@@ -2117,7 +2140,7 @@ class Node:
         """What this machine is, as the server needs to know it."""
         local = self.config.localaddress or self._local_address()
         return {
-            "key": derived_public(self.private),
+            "key": self.memory.facts.get("key") or derived_public(self.private),
             "port": self.config.port,
             "fixed": self.config.fixed,
             "endpoint": self.config.endpoint,
@@ -2174,7 +2197,8 @@ class Node:
             data = None
             if self.run.dry:
                 return
-        self.save_good()
+        if not self.run.dry:
+            self.save_good()
 
     def _opened(self, answer: Answer) -> Any:
         body = answer.body if self.session.box is None else unseal(self.session.box, answer.body)
@@ -2190,6 +2214,8 @@ class Node:
         refused = memory.rejected.get("word") == after.word
         if refused:  # taken back once: its peers count, its addresses and routes do not
             after.me = before.me
+        else:
+            memory.rejected = {}
         self._check_clash(after)
         if before.me and not refused and cuts_off(self._live, self._wanted_routes(after)):
             memory.trial = before.values()
@@ -2209,18 +2235,19 @@ class Node:
 
     def _check_clash(self, view: View) -> None:
         """Refuse a network that lies over one of this machine's own: it would cut the machine off."""
-        for width in ("range", "range6"):
-            if not view.me.get(width):
-                continue
-            network: Any = ipaddress.ip_network(view.me[width])
-            for interface, found in self.context.system.addresses().items():
-                for text in found:
-                    own: Any = ipaddress.ip_interface(text).network
-                    if own.version == network.version and own.overlaps(network):
-                        raise NetclientError(
-                            f"the network's range {network} overlaps {own} of {interface} on this machine: nothing was changed; the administrator can move the network "
-                            f"(netmaker-lite network set {self.config.network} addressrange=…)"
-                        )
+        ranges = {view.me.get("range"), view.me.get("range6")} - {
+            None,
+            self.memory.view.me.get("range"),
+            self.memory.view.me.get("range6"),
+        }
+        for text, interface in self.homes.items():
+            own: Any = ipaddress.ip_interface(text).network
+            for network in map(ipaddress.ip_network, sorted(filter(None, ranges))):
+                if own.version == network.version and own.overlaps(network):
+                    raise NetclientError(
+                        f"the network's range {network} overlaps {own} of {interface} on this machine: nothing was changed; "
+                        f"the administrator can move the network (netmaker-lite network set {self.config.network} addressrange=…)"
+                    )
 
     def _roll_back(self) -> None:
         """Commit-confirm: the server was there before a change of addresses or routes and is not after it: take these back."""
@@ -2295,8 +2322,7 @@ def check_in(context: Context, network: str, afresh: bool = False) -> ExitStatus
     """One check-in of one network, under its lock; another run that has the lock is no error."""
     held, answer = HANDED_OVER.pop(network, (None, None))
     if held is None:
-        context.files.volatile(context.paths.run + "/.made", "")
-        held = lock(context.paths.of("lock", network))
+        held = context.files.lock(context.paths.of("lock", network))
     if held is None:
         return ExitStatus.OK
     try:
@@ -2314,13 +2340,17 @@ def check_in(context: Context, network: str, afresh: bool = False) -> ExitStatus
 
 def _check_in(node: Node, answer: Answer | None, afresh: bool) -> ExitStatus:
     network, say = node.config.network, node.context.say
-    if node.secret.node == "-":
-        enrol(node)
+    if node.secret.node == "-":  # a join that was interrupted
+        try:
+            enrol(node)
+        except Refused:
+            node.take_down()
+            raise
     try:
         node.check_in(answer, afresh)
     except Refused as no:
         if no.code == 410:
-            end_membership(node)
+            end_membership(node, "confirm")
             say(f"{network}: removed by the administrator: {node.config.interface} is taken down and forgotten")
             return ExitStatus.OK
         if no.code != 404:
@@ -2370,12 +2400,22 @@ def parse_stored(text: str) -> str:
     return key
 
 
-def end_membership(node: Node) -> None:
-    """The server said, authenticated, that it is over: confirm, take down, forget. It repeats itself until the confirmation arrives."""
+def end_membership(node: Node, tell: str) -> bool:
+    """Take a membership down and forget it, and tell the server: `leave`, or `confirm` that it had removed us. Whether it heard.
+
+    It works with the server gone; a server that was not heard repeats "removed" to whoever asks until the confirmation arrives.
+    """
+    heard = False
+    node.run.apply(node.context.system.removal(node.config.interface))
+    for word in (tell, "confirm") if node.secret.node != "-" and not node.run.dry else ():
+        try:
+            node.session.exchange({word: True})
+        except Refused as no:
+            heard = heard or no.code in (404, 410)
+        except (Unreachable, BadAnswer):
+            break
     node.take_down()
-    with contextlib.suppress(NetclientError, BadAnswer):
-        node.session.exchange({"confirm": True})
-    node.forget()
+    return heard
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2506,9 +2546,9 @@ Options = argparse.Namespace
 
 
 def need_root(verb: str) -> None:
-    """WireGuard and routes belong to root."""
+    """WireGuard, routes and the keys belong to root."""
     if os.geteuid() != 0:
-        raise NetclientError(f"{verb} changes this machine's network and must run as root: try `sudo netclient-lite {verb} …`")
+        raise NetclientError(f"{verb} needs root, to which WireGuard and the keys belong: try `sudo netclient-lite {verb} …`")
 
 
 def need_tools(context: Context) -> None:
@@ -2550,12 +2590,9 @@ def cmd_join(context: Context, options: Options) -> ExitStatus:
 
 
 def _locked(context: Context, network: str) -> int:
-    context.files.volatile(context.paths.run + "/.made", "")
-    if context.run.dry and not os.path.isdir(context.paths.run):
-        return os.open("/dev/null", os.O_RDONLY)
-    held = lock(context.paths.of("lock", network), wait=True)
+    held = context.files.lock(context.paths.of("lock", network), wait=True)
     if held is None:
-        raise NetclientError(f"another run holds the lock of {network}: wait for it to end")
+        raise NetclientError(f"the lock of {network} cannot be had: is the file system full or read-only?")
     return held
 
 
@@ -2651,9 +2688,9 @@ def prepare(context: Context, token: Token, options: Options) -> Node:
     before = Node.load(context, network) if network in context.paths.networks() else None
     _prove(context, config, secret)
     if before is not None:
-        leave_node(before)
-    elif context.system.exists(interface):
-        context.run.apply([Step(("ip", "link", "del", "dev", interface), f"remove the {interface} that is in the way")])
+        end_membership(before, "leave")
+    else:
+        context.run.apply(context.system.removal(interface))  # only --force comes here with one in the way
     paths, files = context.paths, context.files
     # netconfig last: a membership exists with it, and then nothing is missing
     files.write(paths.of("wgkey", network), private + "\n")
@@ -2706,7 +2743,7 @@ def complete(node: Node, fresh: bool) -> ExitStatus:
         ) from bad
     except NetclientError:
         if fresh:
-            _undo(node)
+            end_membership(node, "leave")
         raise
     node.finish()
     install_service(context, node.config.daemon)
@@ -2720,15 +2757,6 @@ def complete(node: Node, fresh: bool) -> ExitStatus:
         where = " and ".join(me[kind] for kind in ("ip", "ip6") if me.get(kind))
         print("%s: joined as %s with %s on %s, port %d" % (name, me["name"], where, node.config.interface, node.config.port))
     return ExitStatus.OK
-
-
-def _undo(node: Node) -> None:
-    """Take a join back: at the server, on the machine, on the disk."""
-    if node.secret.node != "-":
-        with contextlib.suppress(NetclientError, BadAnswer):
-            node.session.exchange({"leave": True})
-    node.take_down()
-    node.forget()
 
 
 def update(node: Node, options: Options) -> ExitStatus:
@@ -2751,24 +2779,6 @@ def update(node: Node, options: Options) -> ExitStatus:
     return ExitStatus.OK
 
 
-def leave_node(node: Node) -> bool:
-    """Leave one network; whether the server heard it. Works with the server gone."""
-    heard = False
-    if node.secret.node != "-" and not node.run.dry:
-        try:
-            node.session.exchange({"leave": True})
-        except Refused as no:
-            heard = no.code in (404, 410)
-            if heard and no.code == 410:
-                with contextlib.suppress(NetclientError, BadAnswer):
-                    node.session.exchange({"confirm": True})
-        except (Unreachable, BadAnswer):
-            pass
-    node.take_down()
-    node.forget()
-    return heard
-
-
 def cmd_leave(context: Context, options: Options) -> ExitStatus:
     """Take networks down and forget them, also with the server gone."""
     need_root("leave")
@@ -2782,7 +2792,7 @@ def cmd_leave(context: Context, options: Options) -> ExitStatus:
             except NetclientError:  # interrupted half-way: finish it
                 _leave_rest(context, network)
                 continue
-            heard = leave_node(node)
+            heard = end_membership(node, "leave")
             after = "" if heard or context.run.dry else "; the server could not be told: its administrator can remove the node"
             print(f"{network}: left{after}")
         finally:
@@ -2795,11 +2805,10 @@ def cmd_leave(context: Context, options: Options) -> ExitStatus:
 
 
 def _leave_rest(context: Context, network: str) -> None:
+    """Finish a leave that was interrupted, or remove what is damaged."""
     interface = str(_loaded(read_text(context.paths.of("netconfig", network))).get("interface") or "nm-" + network)
-    if context.system.exists(interface):
-        context.run.apply([Step(("ip", "link", "del", "dev", interface), f"remove {interface}")])
-    for kind in ("netconfig", "secret", "wgkey", "nettoken", "peers", "memory", "state"):
-        context.files.remove(context.paths.of(kind, network))
+    context.run.apply(context.system.removal(interface))
+    forget(context, network)
     print(f"{network}: its files were damaged or incomplete; all of it is removed")
 
 
@@ -2838,6 +2847,7 @@ def cmd_push(context: Context, options: Options) -> ExitStatus:
 
 def cmd_list(context: Context, options: Options) -> ExitStatus:
     """The networks of this machine and their nodes, from what is known here."""
+    need_root("list")
     listed = []
     for network in chosen_networks(context, options):
         node = Node.load(context, network)

@@ -488,9 +488,9 @@ set_up() {
 	need_wireguard
 	install_packages
 	install_project
-	link_programs
 	need_user
 	need_data
+	link_programs
 	remember
 	start_server
 	wait_for_server
