@@ -2903,7 +2903,7 @@ def status_of(node: Node) -> dict[str, Any]:
             continue
         live = actual.peers.get(record["key"], LivePeer(record["key"], "", frozenset(), 0, 0, 0, 0))
         fresh = record["key"] in node.fresh
-        near = bool(live.endpoint) and inside(split_endpoint(live.endpoint)[0], node.place.subnets)
+        near = live.endpoint == record.get("local") and live.endpoint not in (record.get("seen"), record.get("at"))
         peers.append(
             {
                 "name": record["name"],

@@ -80,9 +80,7 @@ from typing import (
     Mapping,
     NamedTuple,
     NoReturn,
-    Optional,
     Sequence,
-    Tuple,
     Union,
 )
 
@@ -112,7 +110,6 @@ from netclient_lite import (
     is_public,
     label_key,
     mac,
-    same,
     split_endpoint,
     unb64,
     unseal,
@@ -307,7 +304,7 @@ def overlap(a: str, b: str) -> bool:
     if not a or not b:
         return False
     one, other = ipaddress.ip_network(a), ipaddress.ip_network(b)
-    return one.version == other.version and one.overlaps(other)  # type: ignore[arg-type]
+    return one.version == other.version and one.overlaps(other)
 
 
 class Pool(NamedTuple):
@@ -764,7 +761,7 @@ class Batch:
     def insert(self, table: str, values: Mapping[str, Any]) -> None:
         marks, bound = self._marks(values)
         columns = ", ".join('"%s"' % name for name in values)
-        sql = "INSERT INTO %s (%s) SELECT %s WHERE " % (table, columns, ", ".join(marks))  # noqa: S608
+        sql = "INSERT INTO %s (%s) SELECT %s WHERE " % (table, columns, ", ".join(marks))
         self._add(sql, bound, True)
 
     def update(
@@ -891,7 +888,7 @@ class Store:
             self.copy("%s.before-%d" % (self.path, version))
             with self.writer.atomic("IMMEDIATE"):
                 for statement in MIGRATIONS[version]:
-                    self.writer.execute_sql(statement)
+                    self._write(statement, ())
                 self._write("UPDATE meta SET value = ? WHERE key = ?", (str(version), "schema"))
             log.warning("the database is of schema %d now", version)
 
@@ -900,23 +897,28 @@ class Store:
         with self.writer.atomic("IMMEDIATE"), self.writer.bind_ctx(MODELS):
             self.writer.create_tables(MODELS)
             for key, value in {**first, "urls": ""}.items():  # another start may have been first
-                sql = "INSERT INTO meta (key, value) SELECT ?, ? WHERE NOT EXISTS"
-                self._write(sql + " (SELECT 1 FROM meta WHERE key = ?)", (key, value, key))
+                sql = "INSERT INTO meta SELECT ?, ? WHERE NOT EXISTS (SELECT 1 FROM meta WHERE key = ?)"
+                self._write(sql, (key, value, key))
 
     # ---- reading
 
+    @staticmethod
+    def execute(connection: Any, sql: str, values: Sequence[Any] = ()) -> Any:
+        """A statement with `?` for each value; another database's marks would be put in here."""
+        return connection.execute_sql(sql, values)
+
     def rows(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         with self._reading:
-            return list(self.reader.execute_sql(sql, values).fetchall())
+            return list(self.execute(self.reader, sql, values).fetchall())
 
     def row(self, sql: str, values: Sequence[Any] = ()) -> tuple[Any, ...] | None:
         with self._reading:
-            found: tuple[Any, ...] | None = self.reader.execute_sql(sql, values).fetchone()
+            found: tuple[Any, ...] | None = self.execute(self.reader, sql, values).fetchone()
             return found
 
     def word(self, network: str) -> tuple[int, str] | None:
         """(counter, tag) of a network: the one keyed read that proves what is in memory fresh."""
-        return self.row("SELECT counter, tag FROM network WHERE id = ?", (network,))  # type: ignore[return-value]
+        return self.row("SELECT counter, tag FROM network WHERE id = ?", (network,))
 
     def select(self, query: Any) -> list[Row]:
         """The rows of a peewee query, for what is not on the hot path."""
@@ -933,7 +935,7 @@ class Store:
     # ---- writing
 
     def _write(self, sql: str, values: Sequence[Any]) -> int:
-        return int(self.writer.execute_sql(sql, values).rowcount)
+        return int(self.execute(self.writer, sql, values).rowcount)
 
     def set_meta(self, key: str, value: str) -> None:
         with self._writing:
@@ -977,6 +979,11 @@ class Store:
 
     # ---- whole copies (SQLite's own backup interface)
 
+    def _raw(self) -> sqlite3.Connection:
+        connection: Any = self.writer
+        raw: sqlite3.Connection = connection.connection()
+        return raw
+
     def copy(self, path: str) -> None:
         """A consistent copy as one file, also while others write."""
         temporary = "%s.%s" % (path, secrets.token_hex(4))
@@ -984,7 +991,7 @@ class Store:
         try:
             target = sqlite3.connect(temporary)
             with self._writing:
-                self.writer.connection().backup(target)
+                self._raw().backup(target)
             target.execute("PRAGMA journal_mode = delete")
             target.close()
             with open(temporary, "rb") as stream:
@@ -997,7 +1004,7 @@ class Store:
     def replace(self, source: sqlite3.Connection) -> None:
         """Take over another database's contents, in one transaction."""
         with self._writing:
-            source.backup(self.writer.connection())
+            source.backup(self._raw())
         self.incarnation = self.meta("incarnation")
 
 
@@ -1333,7 +1340,7 @@ class Members:
             if row.network not in self.meshes:
                 self._load(row.network)
             mesh = self.meshes.get(row.network)
-            return mesh and self._put(mesh, row)
+            return self._put(mesh, row) if mesh is not None else None
 
     def _put(self, mesh: Mesh, row: NodeState) -> Member:
         member = self.nodes.get(row.id)
@@ -1418,7 +1425,7 @@ class Members:
 
     def _gone_since(self, network: str, since: int) -> dict[str, int]:
         sql = "SELECT node, counter FROM gone WHERE network = ? AND counter > ?"
-        return dict(self.store.rows(sql, (network, since)))  # type: ignore[arg-type]
+        return dict(self.store.rows(sql, (network, since)))
 
     def in_history(self, mesh: Mesh, have: str) -> int:
         """The counter of a word that this network has had, as far back as deltas reach; else -1."""
@@ -1566,21 +1573,20 @@ def add_network(core: Core, name: str, values: Row) -> Row:
     return need_network(core, new["id"])
 
 
-def renumber(nodes: Iterable[Row], column: str, old: str, new: str) -> dict[str, str]:
+def renumber(members: Iterable[Row], column: str, old: str, new: str) -> dict[str, str]:
     """New addresses by node for another range, keeping host numbers that fit it."""
     if not new:
-        return {node["id"]: "" for node in nodes}
+        return {node["id"]: "" for node in members}
     target, source = pool(new), pool(old) if old else None
     hosts, rest = {}, []
-    for node in nodes:
+    for node in members:
         host = source.host(node[column]) if source and node[column] else 0
         if 0 < host <= target.last:
             hosts[host] = node["id"]
         else:
             rest.append(node["id"])
     free = (host for host in range(1, target.last + 1) if host not in hosts)
-    for node_id, host in zip(rest, free):
-        hosts[host] = node_id
+    hosts.update({host: node_id for node_id, host in zip(rest, free)})
     found = {node_id: target.address(host) for host, node_id in hosts.items()}
     if set(rest) - set(found):
         raise Clash("%s has fewer addresses than the network has nodes: take a larger range" % new)
@@ -1604,7 +1610,7 @@ def _change_ranges(core: Core, batch: NetworkBatch, old: Row, values: Row) -> No
     }
     batch.delete("lease", "network = ?", old["id"])
     highest = 0
-    ranges = [values.get(name, old[name]) for name in ("range", "range6")]
+    ranges = [{**old, **values}[name] for name in ("range", "range6")]
     for node in nodes:
         new = {**node, **{column: places[node["id"]] for column, places in moved.items()}}
         for address in filter(None, (new["ip"], new["ip6"])):
@@ -2238,7 +2244,7 @@ CHECKS = (
     (
         "node changed in the future",
         "SELECT node.name, node.network FROM node JOIN network ON network.id = node.network"
-        " WHERE MAX(node.changed, node.own_changed, node.since) > network.counter",
+        " WHERE changed > counter OR own_changed > counter OR since > counter",
     ),
     (
         "wrong count of nodes",
@@ -2248,8 +2254,8 @@ CHECKS = (
     *(
         (
             "row of %s without a network" % table,
-            "SELECT COUNT(*), network FROM %s WHERE network NOT IN"  # noqa: S608
-            " (SELECT id FROM network) GROUP BY network" % table,
+            "SELECT COUNT(*), network FROM %s WHERE network NOT IN (SELECT id FROM network)"  # noqa: S608
+            " GROUP BY network" % table,
         )
         for table in ("node", "lease", "access_key", "revision", "gone", "observed", "joined")
     ),
@@ -2282,3 +2288,1680 @@ def check(core: Core) -> list[str]:
             except Denied:
                 found.append("key of another server.key: %s (network %s)" % (key["name"], network["id"]))
     return found
+
+# --------------------------------------------------------------------------------------------------
+# AGENTS
+# --------------------------------------------------------------------------------------------------
+# The server's side of docs/protocol.md. Whatever is answered after a request's MAC was right carries a
+# line of its own; what comes before that proves nothing and is taken for nothing by the agent.
+
+MAX_UNPROVEN = 64 << 10  # bytes of a body that are parsed without an access right behind the MAC
+MAX_BODY = 1 << 20
+MAX_DEPTH, MAX_ITEMS = 20, 10000
+REPEAT = 60  # seconds in which the last request may come again, byte for byte
+FRESH_REPORT = 360  # an observer that was silent for longer observes nothing
+MOVE_EVERY = 60  # seconds between two moves of an observed endpoint
+CLONE = 3600
+MAX_WAIT = 50
+Check = Callable[[Any], Any]
+
+
+def text(check: Callable[[str], Any], empty: bool = False) -> Check:
+    """A check of texts from one of any value; `empty` lets "" through."""
+
+    def checked(value: Any) -> Any:
+        if not isinstance(value, str) or len(value) > 256:
+            raise Invalid("%.80r is no text of at most 256 characters" % (value,))
+        return value if empty and not value else check(value)
+
+    return checked
+
+
+def number(low: int, high: int) -> Check:
+    def checked(value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise Invalid("%.80r is no whole number from %d to %d" % (value, low, high))
+        return value
+
+    return checked
+
+
+def flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise Invalid("%.80r is neither true nor false" % (value,))
+    return value
+
+
+def pattern(expression: str) -> Check:
+    def checked(value: str) -> str:
+        if not re.fullmatch(expression, value, re.ASCII):
+            raise Invalid("%.80r is not of the form %s" % (value, expression))
+        return value
+
+    return text(checked, True)
+
+
+def _address(version: int = 0) -> Check:
+    return text(lambda value: check_address(value, version), True)
+
+
+KEEPALIVE, MTU = number(0, 1000), number(576, 9200)
+PRINTABLE = r"[ -~]{0,80}"
+FACTS: dict[str, tuple[str, Check]] = {  # name on the wire → column, check
+    "key": ("key", text(check_key)),
+    "port": ("port", check_port),
+    "endpoint": ("static", _address()),
+    "fixed": ("fixed", flag),
+    "local": ("local", _address()),
+    "lan": ("lan", pattern("[0-9a-f]{0,16}")),
+    "os": ("os", pattern(PRINTABLE)),
+    "version": ("version", pattern(PRINTABLE)),
+    "machine": ("machine", pattern("[A-Za-z0-9_-]{0,64}")),
+}
+WISHES: dict[str, tuple[str, Check]] = {
+    "name": ("name", text(check_name)),
+    "address": ("ip", _address(4)),
+    "address6": ("ip6", _address(6)),
+    "keepalive": ("keepalive", KEEPALIVE),
+    "mtu": ("mtu", MTU),
+    "dnson": ("dns", flag),
+    "roaming": ("roaming", flag),
+    "ipforwarding": ("forwarding", flag),
+    "udpholepunch": ("punch", flag),
+    "islocal": ("is_local", flag),
+}
+
+
+def read_json(body: bytes) -> dict[str, Any]:
+    """The object in a body; Invalid when it is none, or deeper and larger than anything that we ask for."""
+    try:
+        value = json.loads(body.decode() or "{}", parse_constant=_no_constant)
+    except (ValueError, RecursionError) as bad:
+        raise Invalid("the body is no JSON") from bad
+    if not isinstance(value, dict):
+        raise Invalid("the body is no JSON object")
+    _measure(value, 0)
+    return value
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(name)
+
+
+def _measure(value: Any, depth: int) -> None:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if depth > MAX_DEPTH or len(inner) > MAX_ITEMS:
+        raise Invalid("the body is too deep or has too many members")
+    for each in inner:
+        _measure(each, depth + 1)
+
+
+def take(given: Any, table: Mapping[str, tuple[str, Check]], what: str) -> Row:
+    """Columns from the members of an object; unknown ones are refused by name."""
+    if not isinstance(given, dict):
+        raise Invalid("%s is no object" % what)
+    columns = {}
+    for name, value in given.items():
+        if name not in table:
+            raise Invalid("unknown field %.40r in %s" % (name, what))
+        column, check_value = table[name]
+        try:
+            columns[column] = check_value(value)
+        except Invalid as bad:
+            raise Invalid("%s of %s: %s" % (name, what, bad)) from bad
+    return columns
+
+
+def _observations(given: Any, what: str, check_value: Check) -> dict[str, Any]:
+    if not isinstance(given, dict):
+        raise Invalid("%s is no object" % what)
+    for node, value in given.items():
+        if not re.fullmatch("[0-9a-f]{16}", node):
+            raise Invalid("%.40r in %s is no node" % (node, what))
+        if value is not None:
+            check_value(value)
+    return given
+
+
+class Exchange(NamedTuple):
+    """The body of an exchange, checked."""
+
+    values: Row
+    seen: dict[str, str | None]
+    mute: dict[str, bool | None]
+    leave: bool
+    confirm: bool
+
+
+def parse_exchange(body: bytes) -> Exchange:
+    given = read_json(body)
+    known = {"facts", "wishes", "seen", "mute", "rejected", "leave", "confirm"}
+    for name in given:
+        if name not in known:
+            raise Invalid("unknown field %.40r" % name)
+    values = take(given.get("facts", {}), FACTS, "facts")
+    wishes = take(given.get("wishes", {}), WISHES, "wishes")
+    values.update({column: value for column, value in wishes.items() if value != ""})
+    if "rejected" in given:
+        table = {"word": ("word", pattern("[0-9.a-f-]{1,40}")), "reason": ("reason", text(str))}
+        rejected = take(given["rejected"], table, "rejected")
+        reason = " ".join(str(rejected.get("reason", "")).split())
+        values["rejected"] = ("%s %s" % (rejected.get("word", "-"), reason)).strip()
+    return Exchange(
+        values,
+        _observations(given.get("seen", {}), "seen", text(split_endpoint)),
+        _observations(given.get("mute", {}), "mute", flag),
+        flag(given.get("leave", False)),
+        flag(given.get("confirm", False)),
+    )
+
+
+class Failures:
+    """Counts failures per source and per key id: a bucket that refills, for each."""
+
+    def __init__(self, size: int, per_second: float) -> None:
+        self.size, self.rate = size, per_second
+        self.buckets: dict[str, tuple[float, float]] = {}  # who → (failures, when)
+        self._lock = threading.Lock()
+
+    def count(self, who: str, now: float) -> float:
+        failures, when = self.buckets.get(who, (0.0, now))
+        return max(0.0, failures - (now - when) * self.rate)
+
+    def check(self, now: float, *whom: str) -> None:
+        if any(self.count(who, now) >= self.size for who in whom):
+            raise SlowDown("too many failures from here: wait a minute")
+
+    def add(self, now: float, *whom: str) -> None:
+        with self._lock:
+            if len(self.buckets) > 10000:
+                self.buckets = {who: at for who, at in self.buckets.items() if self.count(who, now)}
+            for who in whom:
+                self.buckets[who] = (self.count(who, now) + 1, now)
+
+
+class Bell:
+    """Wakes what waits for a change, and bounds how much may wait."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.parked, self.rung, self.stopped = limit, 0, 0, False
+        self._condition = threading.Condition()
+
+    def ring(self) -> None:
+        with self._condition:
+            self.rung += 1
+            self._condition.notify_all()
+
+    def stop(self) -> None:
+        self.stopped = True
+        self.ring()
+
+    def enter(self) -> bool:
+        """Take a place among the waiting; False when there is none."""
+        with self._condition:
+            if self.parked >= self.limit:
+                return False
+            self.parked += 1
+            self._condition.notify_all()
+            return True
+
+    def leave(self) -> None:
+        with self._condition:
+            self.parked -= 1
+
+    def wait(self, rung: int, seconds: float) -> None:
+        """Until it rings again after `rung`, or the time is over."""
+        with self._condition:
+            self._condition.wait_for(lambda: self.rung != rung or self.stopped, seconds)
+
+    def occupied(self) -> bool:
+        """Wait until somebody waits; False when the server stops."""
+        with self._condition:
+            self._condition.wait_for(lambda: self.parked or self.stopped)
+            return not self.stopped
+
+
+class Sight:
+    """What others may reach of an address that a request came from."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.host = settings.values["SERVER_HOST"]
+        self._known: dict[str, str] = {}
+        self._warned = False
+
+    def public(self, source: str) -> str:
+        found = self._known.get(source)
+        if found is None:
+            found = self._known[source] = self._public(source)
+        return found
+
+    def forget(self) -> None:
+        """This host's addresses may have changed."""
+        self._known.clear()
+
+    def _public(self, source: str) -> str:
+        if not source or not self._own(source):
+            return source if source and is_public(source) else ""
+        here = self._resolved() or (source if is_public(source) else default_address())
+        if not is_public(here) and not self._warned:
+            self._warned = True
+            log.warning(
+                "nodes on this host are told to others as %s, which only its own network reaches: "
+                "set SERVER_HOST to the public address", here
+            )  # fmt: skip
+        return here
+
+    def _resolved(self) -> str:
+        try:
+            found = socket.getaddrinfo(self.host, None) if self.host else []
+            return check_address(str(found[0][4][0])) if found else ""
+        except (OSError, Invalid):
+            return ""
+
+    @staticmethod
+    def _own(source: str) -> bool:
+        """Only an address of this host can be bound."""
+        if ipaddress.ip_address(source).is_loopback:
+            return True
+        family = socket.AF_INET6 if ":" in source else socket.AF_INET
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.bind((source, 0))
+                return True
+            except OSError:
+                return False
+
+
+class Reply(NamedTuple):
+    """An answer as it goes out; `line` is empty where nothing can be proven."""
+
+    status: int
+    body: bytes = b""
+    line: str = ""
+    retry: int = 0
+
+
+class Signer(NamedTuple):
+    """What signs the answer to one request."""
+
+    key: bytes
+    request_mac: str
+    box: Any
+    source: str
+    now: int
+    interval: int
+
+    def reply(self, status: int, value: Mapping[str, Any] | bytes | None = None) -> Reply:
+        body = value if isinstance(value, bytes) else b"" if value is None else dump(value)
+        if body and self.box is not None:
+            body = bytes(self.box.encrypt(body))
+        head = "%s %d %s %d %d" % (agent.PROTOCOL, status, self.source, self.now, self.interval)
+        line = head + " " + mac(self.key, head.encode(), self.request_mac.encode(), body)
+        return Reply(status, body, line)
+
+
+class Request(NamedTuple):
+    """The line of an exchange."""
+
+    node: str
+    mode: str
+    incarnation: str
+    number: str
+    challenge: str
+    have: str
+    mac: str
+    signed: bytes
+
+    @property
+    def order(self) -> tuple[int, int]:
+        epoch, _, sequence = self.number.partition(".")
+        if not (epoch.isdigit() and sequence.isdigit()) or len(self.number) > 31:
+            raise Invalid("%.40r is no epoch and sequence" % self.number)
+        return int(epoch), int(sequence)
+
+
+class _NotFresh(Exception):
+    """The request, or a newer one, was here before."""
+
+
+class Agents:
+    """Everything that agents may ask for."""
+
+    def __init__(self, core: Core, sight: Sight) -> None:
+        self.core, self.sight = core, sight
+        self.members = Members(core.store)
+        self.bell = Bell(core.settings.poll_limit)
+        self.failures = Failures(20, 20 / 60)
+        self.interval = core.settings.interval
+        self.due: set[str] = set()  # nodes whose observed endpoint may move when its minute is over
+        self._lock = threading.Lock()
+        core.store.committed = self.bell.ring
+
+    # ---- join
+
+    def join(self, line: str, body: bytes, source: str) -> Reply:
+        fields = line.split(" ")
+        if len(fields) != 7 or fields[0] != agent.PROTOCOL or fields[3] not in ("s", "p"):
+            raise Invalid("a join needs the header %s: see docs/protocol.md" % agent.HEADER)
+        _, public, name, mode, incarnation, nonce, request_mac = fields
+        now = self.core.clock()
+        self.failures.check(now, source)
+        if len(body) > MAX_UNPROVEN:
+            raise TooLarge("a join has at most %d bytes" % MAX_UNPROVEN)
+        keys = self._join_keys(public, name)
+        signed = line.rpartition(" ")[0].encode()
+        path = b"POST " + agent.JOIN_PATH.encode()
+        if not secrets.compare_digest(mac(keys("request mac"), path, signed, body), request_mac):
+            self.failures.add(now, source)
+            raise Denied("the signature is wrong: the token is for another server, or the request was altered")
+        box = nacl.secret.SecretBox(keys("seal")) if mode == "s" else None
+        signer = Signer(keys("answer mac"), request_mac, box, source, int(now), self.interval)
+        if incarnation != self.core.store.incarnation:
+            return signer.reply(409, {"incarnation": self.core.store.incarnation})
+        try:
+            plain = unseal(box, body) if box else body
+            return signer.reply(200, self._joined(public, name, keys("proof"), nonce, plain, source))
+        except (ServerError, Invalid, BadAnswer) as problem:
+            if isinstance(problem, Denied):
+                self.failures.add(now, source)
+            return signer.reply(http_status(problem), {"error": str(problem)})
+
+    def _join_keys(self, public: str, network: str) -> Callable[[str], bytes]:
+        """key(label) of an auth key."""
+        raw = unb64_of(public, agent.KEY_BYTES)
+        shared = self.core.key.shared(raw)
+        return lambda label: label_key(shared, label, raw, self.core.key.pin, network)
+
+    def _joined(
+        self, public: str, name: str, proof_key: bytes, nonce: str, body: bytes, source: str
+    ) -> Row:
+        given = read_json(body)
+        for field in given:
+            if field not in ("proof", "facts", "wishes"):
+                raise Invalid("unknown field %.40r" % field)
+        network = need_network(self.core, check_network(name))
+        key_id = self._proven(network, given.get("proof"), proof_key, unb64_of(nonce, 16))
+        values = take(given.get("facts", {}), FACTS, "facts")
+        wishes = take(given.get("wishes", {}), WISHES, "wishes")
+        values.update({column: value for column, value in wishes.items() if value != ""})
+        if "key" not in values:
+            raise Invalid("facts have no WireGuard key")
+        values["name"] = values.get("name") or fold_name("node")
+        who = Joining(network["id"], public, key_id, source, self.sight.public(source), values)
+        node = join(self.core, who)
+        member = self.members.reload(node["id"])
+        if member is not None and not node["confirmed"]:
+            member.epoch, member.sequence = 0, -1  # nothing can have been captured yet
+        message = "" if node["state"] == ACTIVE else "an administrator has to approve this node"
+        answer = {name: node[name] for name in ("state", "look", "name")}
+        return {"node": node["id"], **answer, "message": message}
+
+    def _proven(self, network: Row, proof: Any, proof_key: bytes, nonce: bytes) -> str:
+        """The id of the access key that the joiner has shown to hold; "" for a manual sign-up."""
+        if proof is None:
+            return ""
+        table = {"key": ("key", text(str)), "mac": ("mac", text(str))}
+        claim = take(proof, table, "proof")
+        now = self.core.clock()
+        self.failures.check(now, "key " + str(claim.get("key")))
+        condition = (AccessKey.id == claim.get("key")) & (AccessKey.network == network["id"])
+        key = self.core.store.get(AccessKey.select().where(condition))
+        secret = self.core.key.unseal(key["id"], key["secret"]) if key else b"\0"
+        expected = agent.key_proof(secret, proof_key, nonce)
+        if not key or not secrets.compare_digest(expected.encode(), str(claim.get("mac")).encode()):
+            self.failures.add(now, "key " + str(claim.get("key")))
+            raise Denied("the network %s has no such access key" % network["id"])
+        return str(key["id"])
+
+    # ---- exchange
+
+    def exchange(self, line: str, body: bytes, source: str) -> Reply:
+        fields = line.split(" ")
+        if len(fields) != 9 or fields[0] != agent.PROTOCOL or fields[2] not in ("s", "p"):
+            raise Invalid("an exchange needs the header %s: see docs/protocol.md" % agent.HEADER)
+        _, who, mode, incarnation, number_, challenge, have, _, request_mac = fields
+        signed = line[: -len(request_mac) - 1].encode()
+        node = who.partition("@")[0]
+        request = Request(
+            node, mode, incarnation, number_, challenge, have, request_mac, signed
+        )
+        member = self.members.node(node)
+        if member is None:
+            return self._unknown(who, request, body, source)
+        self._keys(member)
+        path = b"POST /api/agent/v1/exchange"
+        if not secrets.compare_digest(mac(member.request_key, path, signed, body), request_mac):
+            raise Denied("the signature is wrong: the request was altered, or is another node's")
+        if not self.members.prove(member.mesh):
+            return self._unknown(who, request, body, source)
+        member = self.members.nodes.get(node, member)
+        box = self._box(member) if mode == "s" else None
+        interval = member.mesh.state.interval or self.interval
+        now = self.core.clock()
+        signer = Signer(member.answer_key, request_mac, box, source, int(now), interval)
+        try:
+            return self._exchanged(member, request, body, signer)
+        except _NotFresh:
+            order = {"epoch": member.epoch, "sequence": min(member.sequence, 1 << 53)}
+            return signer.reply(409, {"incarnation": self.core.store.incarnation, **order})
+        except (ServerError, Invalid, BadAnswer) as problem:
+            return signer.reply(http_status(problem), {"error": str(problem)})
+
+    def _keys(self, member: Member) -> None:
+        """A node's keys, derived at its first exchange with this process."""
+        if not member.request_key:
+            keys = self._join_keys(member.row.auth, member.row.network)
+            member.answer_key = keys("answer mac")
+            member.request_key = keys("request mac")
+
+    def _box(self, member: Member) -> Any:
+        if member.box is None:
+            keys = self._join_keys(member.row.auth, member.row.network)
+            member.box = nacl.secret.SecretBox(keys("seal"))
+        return member.box
+
+    def _unknown(self, who: str, request: Request, body: bytes, source: str) -> Reply:
+        """No such node: said so that it proves itself, where the client gives what that takes."""
+        problem = {"error": "this server does not know the node: join again"}
+        _, _, identity = who.partition("@")
+        public, _, network = identity.partition("@")
+        if not identity:
+            return Reply(404, dump(problem))
+        now = self.core.clock()
+        self.failures.check(now, source)
+        self.failures.add(now, source)
+        keys = self._join_keys(public, network)
+        path = b"POST /api/agent/v1/exchange"
+        if not secrets.compare_digest(mac(keys("request mac"), path, request.signed, body), request.mac):
+            raise Denied("the signature is wrong: the request was altered, or is another node's")
+        box = nacl.secret.SecretBox(keys("seal")) if request.mode == "s" else None
+        signer = Signer(keys("answer mac"), request.mac, box, source, int(now), self.interval)
+        return signer.reply(404, problem)
+
+    def _exchanged(self, member: Member, request: Request, body: bytes, signer: Signer) -> Reply:
+        """An exchange whose MAC is right."""
+        row, order, now = member.row, request.order, self.core.clock()
+        if request.incarnation != self.core.store.incarnation:
+            raise _NotFresh
+        if order <= (member.epoch, member.sequence):
+            if request.mac != member.last_mac or now - member.last_time > REPEAT:
+                raise _NotFresh
+            return self._present(member, request, signer)
+        moved = signer.source != row.source
+        if moved and row.state != REMOVED:
+            expected = self.core.key.challenge(row.id, request.number, signer.source)
+            if not secrets.compare_digest(expected.encode(), request.challenge.encode()):
+                return signer.reply(409, {"challenge": expected})
+        told = None
+        if body:
+            told = parse_exchange(unseal(signer.box, body) if signer.box else body)
+        with self._lock:
+            if order <= (member.epoch, member.sequence):
+                raise _NotFresh
+            member.epoch, member.sequence = order
+        if row.state == REMOVED:
+            return self._farewell(member, told, signer)
+        if told is not None and told.leave:
+            remove_node(self.core, {"id": row.id, "network": row.network}, LEFT)
+            self.members.prove(member.mesh)
+            return self._farewell(member, told, signer)
+        public = row.public if row.public == signer.source else self.sight.public(signer.source)
+        if told or moved or public != row.public or order[0] > row.epoch or not row.confirmed:
+            self._commit(member, order, told, signer.source, public)
+        member.see(now)
+        member.last_mac, member.last_time = request.mac, now
+        return self._present(member, request, signer)
+
+    def _present(self, member: Member, request: Request, signer: Signer) -> Reply:
+        """The answer from the present state."""
+        if member.row.state == REMOVED:
+            return self._farewell(member, None, signer)
+        blob = self.members.answer(member, request.have)
+        return signer.reply(204 if blob is None else 200, blob)
+
+    def _farewell(self, member: Member, told: Exchange | None, signer: Signer) -> Reply:
+        """The membership is over; said until the agent confirms that it heard."""
+        if told is not None and told.confirm:
+            forget_node(self.core, member.row.network, member.row.id)
+            self.members.forget(member.row.id)
+        return signer.reply(410, {"state": REMOVED, "message": member.row.farewell})
+
+    def _commit(
+        self, member: Member, order: tuple[int, int], told: Exchange | None, source: str, public: str
+    ) -> None:
+        """Everything that an exchange changes, in one transaction with its (epoch, sequence)."""
+        core, row = self.core, member.row
+        told = told or Exchange({}, {}, {}, False, False)
+        reports: dict[str, str | None] = {**told.seen}
+        reports.update({node: "" if mute else None for node, mute in told.mute.items()})
+
+        def build() -> Batch:
+            node = core.store.get(Node.select().where(Node.id == row.id))
+            if node is None or node["state"] == REMOVED:
+                raise Busy("the node was removed just now: ask again")
+            if (node["epoch"], node["sequence"]) >= order:
+                raise _NotFresh  # another replica has taken it
+            values = {**told.values, "source": source, "public": public}
+            new = differences(node, self._checked(node, values))
+            heard = is_heard(new) if node["state"] == ACTIVE else bool(OWN_COLUMNS & new.keys())
+            batch = NetworkBatch(row.network, core.now, heard)
+            try:
+                columns = amend(core, batch, need_network(core, row.network), node, new)
+            except Clash as problem:
+                raise Invalid(str(problem)) from problem
+            columns.update(epoch=order[0], sequence=order[1], confirmed=True, last_seen=core.now)
+            if new:
+                columns["modified"] = core.now
+            newer = LIVING + " AND (epoch < ? OR (epoch = ? AND sequence < ?))"
+            batch.update("node", columns, newer, row.id, order[0], *order, must=True)
+            for node_id, place_ in reports.items():
+                if self._is_peer(member, node_id):
+                    self._observe(batch, row.id, node_id, place_)
+            return batch
+
+        core.store.change(build)
+        self.members.reload(row.id)
+        self.members.prove(member.mesh)
+        concerned = set(told.seen)
+        if source != row.source:
+            concerned.add(row.id)
+        self.settle(member.mesh, concerned)
+
+    def _checked(self, node: Row, values: Row) -> Row:
+        """The columns with what follows from them; Clash where another machine speaks for the node."""
+        machine = values.get("machine") or node["machine"]
+        if node["machine"] and machine != node["machine"]:
+            if self.core.now - node["machine_changed"] < CLONE:
+                raise Clash(
+                    "another machine uses this node's identity: is this a copy of its disk? "
+                    "Then join it again with --force"
+                )
+            values["machine_changed"] = self.core.now
+        values["machine"] = machine
+        if node["at"] and values["public"] not in ("", split_endpoint(node["at"])[0]):
+            values["at"] = ""
+        return values
+
+    @staticmethod
+    def _is_peer(member: Member, node: str) -> bool:
+        other = member.mesh.members.get(node)
+        return other is not None and other is not member and other.row.state == ACTIVE
+
+    @staticmethod
+    def _observe(batch: NetworkBatch, observer: str, node: str, place_: str | None) -> None:
+        key = "network = ? AND node = ? AND observer = ?"
+        batch.delete("observed", key, batch.network, node, observer)
+        if place_ is not None:
+            canonical = endpoint(*split_endpoint(place_)) if place_ else ""
+            row = {"network": batch.network, "node": node, "observer": observer}
+            batch.insert("observed", {**row, "endpoint": canonical})
+
+    # ---- observed endpoints
+
+    def settle(self, mesh: Mesh, concerned: Iterable[str]) -> None:
+        """Decide anew which observed endpoints are given out, each at most once a minute."""
+        members = [mesh.members[node] for node in concerned if node in mesh.members]
+        if not mesh.state.punch or not members:
+            return
+        overlays = [text for row in networks(self.core) for text in (row["range"], row["range6"]) if text]
+        wanted = {}
+        for member in members:
+            row = member.row
+            best = observed_endpoint(row, self._reports(member), overlays, row.at)
+            if row.state != ACTIVE or best == row.at:
+                continue
+            if self.core.now - row.at_changed < MOVE_EVERY:
+                self.due.add(row.id)
+            else:
+                wanted[row.id] = (row.at, best)
+        if wanted:
+            self._move_observed(mesh, wanted)
+
+    def _reports(self, member: Member) -> list[Report]:
+        sql = "SELECT observer, endpoint FROM observed WHERE network = ? AND node = ? AND endpoint != ''"
+        rows = self.core.store.rows(sql, (member.row.network, member.row.id))
+        observers = ((member.mesh.members.get(node), place_) for node, place_ in rows)
+        return [
+            Report(place_, observer.row.source)
+            for observer, place_ in observers
+            if observer is not None
+            and observer.row.state == ACTIVE
+            and self.core.now - observer.seen <= FRESH_REPORT
+        ]
+
+    def _move_observed(self, mesh: Mesh, wanted: Mapping[str, tuple[str, str]]) -> None:
+        def build() -> Batch:
+            batch = NetworkBatch(mesh.state.id, self.core.now)
+            for node, (old, new) in wanted.items():
+                change = {"at": new, "at_changed": self.core.now, "changed": batch.counter}
+                batch.update("node", change, "id = ? AND at = ? AND state = 'active'", node, old)
+            return batch
+
+        self.core.store.change(build)
+        self.members.prove(mesh)
+
+    def settle_due(self) -> None:
+        """The endpoints that had to wait for their minute."""
+        due, self.due = self.due, set()
+        for node in due:
+            member = self.members.nodes.get(node)
+            if member is not None and self.members.prove(member.mesh):
+                self.settle(member.mesh, (node,))
+
+    # ---- look
+
+    def look(self, capability: str, have: str, source: str, wait: float) -> Reply:
+        """The present word, or "!" for "come with an exchange"; held until it is not `have`."""
+        said = self._look(capability, source)
+        if said != have or wait <= 0:
+            return Reply(200, said.encode())
+        if not self.bell.enter():
+            return Reply(200, said.encode(), retry=self.interval)
+        try:
+            end = time.monotonic() + min(wait, MAX_WAIT)
+            while said == have and not self.bell.stopped and time.monotonic() < end:
+                rung = self.bell.rung
+                said = self._look(capability, source)
+                if said == have:
+                    self.bell.wait(rung, end - time.monotonic())
+            return Reply(200, said.encode())
+        finally:
+            self.bell.leave()
+
+    def _look(self, capability: str, source: str) -> str:
+        member = self.members.by_look(capability)
+        if member is None or not self.members.prove(member.mesh):
+            return "!"
+        if member.row.state == REMOVED or member.row.source != source:
+            return "!"
+        member.see(self.core.clock())
+        return member.mesh.word
+
+    def flush(self) -> None:
+        """Write behind who was seen."""
+        batch = self.members.dirty()
+        if batch:
+            self.core.store.write_behind(batch)
+
+
+def unb64_of(text_: str, size: int) -> bytes:
+    """So many bytes of b64; Invalid for anything else."""
+    try:
+        raw = unb64(text_)
+    except ValueError as bad:
+        raise Invalid("%.60r is %s" % (text_, bad)) from bad
+    if len(raw) != size:
+        raise Invalid("%.60r is not %d bytes of base64url" % (text_, size))
+    return raw
+
+
+# --------------------------------------------------------------------------------------------------
+# VIEWS
+# --------------------------------------------------------------------------------------------------
+# The border between rows and JSON: one table for each kind, with the original's field names. Booleans
+# are "yes" and "no" only here.
+
+
+class Field(NamedTuple):
+    """A member of a view: its name, the column or function that it shows, how text becomes a value.
+
+    `check` is None for what cannot be set. `short` are other names for it on the command line.
+    """
+
+    name: str
+    source: str | Callable[[Row], Any]
+    check: Callable[[str], Any] | None = None
+    short: tuple[str, ...] = ()
+
+
+def yes_no(text_: str) -> bool:
+    if text_.lower() not in ("yes", "no", "on", "off", "true", "false"):
+        raise Invalid("%r is neither yes nor no" % text_)
+    return text_.lower() in ("yes", "on", "true")
+
+
+def whole(low: int, high: int) -> Callable[[str], int]:
+    def checked(text_: str) -> int:
+        if not re.fullmatch("[0-9]{1,18}", text_) or not low <= int(text_) <= high:
+            raise Invalid("%r is no whole number from %d to %d" % (text_, low, high))
+        return int(text_)
+
+    return checked
+
+
+def or_nothing(check_value: Callable[[str], Any], nothing: Any) -> Callable[[str], Any]:
+    """The same check, where the empty text means the network's value, or none."""
+    return lambda text_: check_value(text_) if text_ else nothing
+
+
+def check_display(text_: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_./;% ^#()!@$*-]{1,20}", text_):
+        raise Invalid("%r is no display name: 1 to 20 letters, digits, blanks or -_./;%%^#()!@$*" % text_)
+    return text_
+
+
+def check_interface(text_: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,14}", text_):
+        raise Invalid("%r is no interface name: 1 to 15 letters, digits, '.', '_' or '-'" % text_)
+    return text_
+
+
+def check_local_range(text_: str) -> str:
+    try:
+        return str(ipaddress.ip_network(text_, strict=False))
+    except ValueError as bad:
+        raise Invalid("%r is no range: ADDRESS/BITS, like 192.168.1.0/24" % text_) from bad
+
+
+def check_static(text_: str) -> str:
+    """An endpoint set by hand: an address, or one with the port that others must use."""
+    try:
+        return check_address(text_)
+    except Invalid:
+        return endpoint(*split_endpoint(text_))
+
+
+def check_expiry(text_: str) -> int:
+    """Unix time, or a time from now like 24h."""
+    if text_.isdigit():
+        return whole(1, 1 << 40)(text_)
+    return int(time.time()) + check_lifetime(text_)
+
+
+def range_check(version: int) -> Callable[[str], str]:
+    return or_nothing(lambda text_: check_range(text_, version), "")
+
+
+PORT = whole(1024, 65535)
+NETWORK_FIELDS = (
+    Field("netid", "id"),
+    Field("displayname", "display", check_display),
+    Field("addressrange", "range", range_check(4), ("range",)),
+    Field("addressrange6", "range6", range_check(6), ("range6",)),
+    Field("isdualstack", lambda row: bool(row["range"] and row["range6"])),
+    Field("isipv4", lambda row: bool(row["range"])),
+    Field("isipv6", lambda row: bool(row["range6"])),
+    Field("islocal", "is_local", yes_no, ("local-only",)),
+    Field("localrange", "local_range", or_nothing(check_local_range, ""), ("local-range",)),
+    Field("defaultinterface", "interface", check_interface, ("interface",)),
+    Field("defaultlistenport", "port", PORT, ("port",)),
+    Field("defaultkeepalive", "keepalive", whole(0, 1000), ("keepalive",)),
+    Field("defaultmtu", "mtu", whole(576, 9200), ("mtu",)),
+    Field("defaultudpholepunch", "punch", yes_no, ("hole-punch",)),
+    Field("nodelimit", "node_limit", whole(0, 1 << 53), ("node-limit",)),
+    Field("allowmanualsignup", "manual", yes_no, ("manual-signup",)),
+    Field("checkininterval", "interval", or_nothing(whole(2, 100000), None), ("checkin-interval",)),
+    Field("nodes", "members"),
+    Field("revision", lambda row: "%d.%s" % (row["counter"], row["tag"])),
+    Field("networklastmodified", "modified"),
+    Field("nodeslastmodified", "nodes_modified"),
+)
+
+
+def shown_endpoint(row: Row) -> str:
+    """The address at which others find a node, as far as the server knows."""
+    return str(row["static"] or (split_endpoint(row["at"])[0] if row["at"] else row["public"]))
+
+
+def leased(column: str) -> Callable[[Row], str]:
+    """A pending node holds no address, only a wish."""
+    return lambda row: "" if row["state"] == PENDING else str(row[column])
+
+
+def status(row: Row) -> str:
+    """How a node does: its state, or how long ago it was heard of."""
+    if row["state"] != ACTIVE:
+        return str(row["state"])
+    silent = time.time() - row["last_seen"]
+    return "healthy" if silent < 300 else "warning" if silent < 1800 else "error"
+
+
+NODE_FIELDS = (
+    Field("id", "id"),
+    Field("name", "name", check_name),
+    Field("network", "network"),
+    Field("address", leased("ip"), lambda text_: check_address(text_, 4)),
+    Field("address6", leased("ip6"), lambda text_: check_address(text_, 6)),
+    Field("allowedips", lambda row: row["ips"].split(",") if row["ips"] else [], str),
+    Field("publickey", "key"),
+    Field("endpoint", shown_endpoint, or_nothing(check_static, "")),
+    Field("listenport", "port", PORT, ("port",)),
+    Field("localaddress", "local"),
+    Field("isstatic", lambda row: bool(row["static"] or row["fixed"]), yes_no),
+    Field("persistentkeepalive", "keepalive", or_nothing(whole(0, 1000), None), ("keepalive",)),
+    Field("mtu", "mtu", or_nothing(whole(576, 9200), None)),
+    Field("dnson", "dns", yes_no),
+    Field("roaming", "roaming", yes_no),
+    Field("ipforwarding", "forwarding", yes_no),
+    Field("udpholepunch", "punch", yes_no, ("hole-punch",)),
+    Field("islocal", "is_local", yes_no),
+    Field("expdatetime", "expires", or_nothing(check_expiry, None), ("expires",)),
+    Field("ispending", lambda row: row["state"] == PENDING),
+    Field("status", status),
+    Field("lastcheckin", "last_seen"),
+    Field("lastmodified", "modified"),
+    Field("os", "os"),
+    Field("version", "version"),
+    Field("observedendpoint", "at"),
+    Field("rejected", "rejected"),
+)
+
+KEY_FIELDS = (
+    Field("name", "name"),
+    Field("network", "network"),
+    Field("uses", "uses"),
+    Field("expiration", "expires"),
+    Field("created", "created"),
+)
+
+NODE_COLUMNS = {"address": "ip", "address6": "ip6", "allowedips": "ips", "endpoint": "static"}
+BOOLEANS = frozenset(
+    column
+    for model in (Network, Node)
+    for column, field in model._meta.fields.items()
+    if isinstance(field, peewee.BooleanField)
+)
+
+
+def view(row: Row, fields: Sequence[Field]) -> Row:
+    """A row as JSON shows it."""
+    shown = {}
+    for field in fields:
+        value = field.source(row) if callable(field.source) else row[field.source]
+        if isinstance(value, bool) or field.source in BOOLEANS:
+            value = "yes" if value else "no"
+        shown[field.name] = value
+    return shown
+
+
+def view_network(row: Row, settings: Settings) -> Row:
+    return view({**row, "interval": row["interval"] or settings.interval}, NETWORK_FIELDS)
+
+
+def view_node(row: Row, network: Row) -> Row:
+    """A node; what it has no value of its own for is the network's."""
+    inherited = {name: network[name] for name in ("keepalive", "mtu") if row[name] is None}
+    shown = view({**row, **inherited}, NODE_FIELDS)
+    return {**shown, "interface": network["interface"]}
+
+
+def view_key(row: Row) -> Row:
+    """An access key; the secret parts are in the row only when it was just made."""
+    shown = view(row, KEY_FIELDS)
+    if "accessstring" in row:
+        token = row["accessstring"]
+        shown.update(value=row["value"], accessstring=token, join=join_command(token))
+    return shown
+
+
+def parse_fields(pairs: Iterable[str], fields: Sequence[Field]) -> Row:
+    """{field name: value} of `key=value` words; unknown and read-only ones are refused."""
+    known = {name: field for field in fields if field.check for name in (field.name, *field.short)}
+    found = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        field = known.get(name.lower())
+        if not equals or field is None or field.check is None:
+            names = ", ".join(sorted({field.name for field in known.values()}))
+            raise Invalid("%r cannot be set: KEY=VALUE with one of %s" % (pair, names))
+        found[field.name] = field.check(value)
+    return found
+
+
+def network_columns(values: Row) -> Row:
+    """Columns of a network from fields of its view."""
+    columns = {field.name: field.source for field in NETWORK_FIELDS}
+    return {str(columns[name]): value for name, value in values.items()}
+
+
+def node_columns(values: Row, node: Row) -> Row:
+    """Columns of a node from fields of its view. A port or endpoint that is set is static from then on."""
+    sources = {field.name: field.source for field in NODE_FIELDS}
+    columns = {}
+    for name, value in values.items():
+        source = sources[name]
+        columns[source if isinstance(source, str) else NODE_COLUMNS.get(name, name)] = value
+    static = columns.pop("isstatic", None)
+    if static is False:
+        columns.update(static="", fixed=False)
+    elif static:
+        columns.setdefault("static", node["static"] or node["public"])
+        columns["fixed"] = True
+    if "port" in columns:
+        columns["fixed"] = True
+    return columns
+
+
+# --------------------------------------------------------------------------------------------------
+# ROUTES
+# --------------------------------------------------------------------------------------------------
+# Roles: "anyone"; "agent" proves itself by the line of its request, not by a session.
+
+
+class Route(NamedTuple):
+    """One route: method, path, who may, and the name of the handler in Web."""
+
+    method: str
+    path: str
+    role: str
+    handler: str
+
+
+ROUTES = (
+    Route("GET", "/api/health", "anyone", "health"),
+    Route("GET", "/api/getip", "anyone", "getip"),
+    Route("GET", "/meshclient/files/netclient_lite.py", "anyone", "agent_file"),
+    Route("GET", agent.HELLO_PATH, "anyone", "hello"),
+    Route("POST", agent.JOIN_PATH, "agent", "join"),
+    Route("POST", agent.EXCHANGE_PATH, "agent", "exchange"),
+    Route("GET", agent.LOOK_PATH + "<capability>", "agent", "look"),
+)
+
+
+class Web:
+    """The handlers: parse, act, answer."""
+
+    def __init__(self, agents: Agents) -> None:
+        self.agents = agents
+        self.trusted = agents.core.settings.trusted
+        self._sources: dict[str, str] = {}
+
+    # ---- border
+
+    def source(self) -> str:
+        """The address that a request came from; proxies are asked only where they are trusted."""
+        peer = self._canonical(bottle.request.environ.get("REMOTE_ADDR", ""))
+        forwarded = bottle.request.environ.get("HTTP_X_FORWARDED_FOR", "") if self.trusted else ""
+        for hop in reversed(forwarded.split(",")):
+            if not hop.strip() or not self._is_trusted(peer):
+                break
+            peer = self._canonical(hop.strip()) or peer
+        return peer
+
+    def _canonical(self, text_: str) -> str:
+        found = self._sources.get(text_)
+        if found is None:
+            try:
+                found = check_address(text_.partition("%")[0])
+            except Invalid:
+                found = ""
+            if len(self._sources) > 4096:
+                self._sources.clear()
+            self._sources[text_] = found
+        return found
+
+    def _is_trusted(self, address: str) -> bool:
+        if not address:
+            return False
+        parsed = ipaddress.ip_address(address)
+        return any(parsed.version == block.version and parsed in block for block in self.trusted)
+
+    @staticmethod
+    def body() -> bytes:
+        environ = bottle.request.environ
+        length = environ.get("CONTENT_LENGTH") or "0"
+        if not length.isdigit() or int(length) > MAX_BODY:
+            raise TooLarge("the body is larger than %d bytes" % MAX_BODY)
+        return bytes(environ["wsgi.input"].read(int(length))) if int(length) else b""
+
+    @staticmethod
+    def send(reply: Reply, kind: str) -> bytes:
+        response = bottle.response
+        response.status = reply.status
+        if reply.line:
+            response.set_header(agent.HEADER, reply.line)
+        if reply.retry:
+            response.set_header("Retry-After", str(reply.retry))
+        if reply.status != 204:
+            response.content_type = kind
+        return reply.body
+
+    # ---- handlers
+
+    def health(self) -> bytes:
+        self.agents.core.store.meta("schema")
+        return self.send(Reply(200, dump({"status": "ok", "version": __version__})), "application/json")
+
+    def getip(self) -> bytes:
+        return self.send(Reply(200, self.source().encode()), "text/plain")
+
+    def agent_file(self) -> Any:
+        folder, name = os.path.split(os.path.abspath(agent.__file__))
+        kind = "text/x-python"
+        return bottle.static_file(os.path.splitext(name)[0] + ".py", root=folder, mimetype=kind)
+
+    def hello(self) -> bytes:
+        said = {"pin": b64(self.agents.core.key.pin), "version": __version__}
+        return self.send(Reply(200, dump(said)), "application/json")
+
+    def join(self) -> bytes:
+        line = bottle.request.environ.get("HTTP_NM_LITE", "")
+        return self.send(self.agents.join(line, self.body(), self.source()), "application/octet-stream")
+
+    def exchange(self) -> bytes:
+        line = bottle.request.environ.get("HTTP_NM_LITE", "")
+        reply = self.agents.exchange(line, self.body(), self.source())
+        return self.send(reply, "application/octet-stream")
+
+    def look(self, capability: str) -> bytes:
+        query = bottle.request.query
+        wait = query.get("wait", "0")
+        seconds = float(wait) if re.fullmatch("[0-9]{1,3}", wait) else 0.0
+        reply = self.agents.look(capability, query.get("have", "-"), self.source(), seconds)
+        return self.send(reply, "text/plain")
+
+
+def json_error(code: int, sentence: str) -> bytes:
+    """An error in the original's envelope."""
+    return dump({"Code": code, "Message": sentence, "error": sentence})
+
+
+def expected_failures(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """A handler whose expected failures are answers."""
+
+    def safe(*args: Any, **named: Any) -> Any:
+        try:
+            return handler(*args, **named)
+        except (ServerError, Invalid) as problem:
+            status_ = http_status(problem)
+            return Web.send(Reply(status_, json_error(status_, str(problem))), "application/json")
+        except peewee.OperationalError as problem:
+            log.error("database: %s", problem)
+            return Web.send(Reply(503, json_error(503, "the database is busy: try again")), "application/json")
+
+    return safe
+
+
+def make_app(agents: Agents) -> Any:
+    """The WSGI application: every route of the table, every error as JSON."""
+    app = bottle.Bottle()
+    web = Web(agents)
+    for route in ROUTES:
+        handler = expected_failures(getattr(web, route.handler))
+        app.route(route.path, route.method, handler, name=route.handler, role=route.role)
+
+    def unexpected(problem: Any) -> str:
+        problem.content_type = "application/json"
+        sentence = str(problem.body) if problem.status_code < 500 else "the server failed: its log tells why"
+        return json_error(problem.status_code, sentence).decode()
+
+    app.default_error_handler = unexpected
+    return app
+
+
+# --------------------------------------------------------------------------------------------------
+# SERVE
+# --------------------------------------------------------------------------------------------------
+
+HOUSEKEEPING = 15.0  # seconds between two write-behinds
+WATCH = 0.25  # seconds in which a change by another process wakes a long-poll
+
+
+def listener(bind: str, port: int) -> socket.socket:
+    """The listening socket; :: takes IPv4 too."""
+    family = socket.AF_INET6 if ":" in bind else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+    try:
+        sock.bind((bind, port))
+    except OSError as problem:
+        sock.close()
+        raise ServerError(
+            "cannot listen on %s port %d: %s. Is a server running already? Else choose another --port or --host"
+            % (bind, port, problem.strerror)
+        ) from problem
+    sock.listen(1024)
+    return sock
+
+
+def lock_folder(folder: str) -> int:
+    """Held while a server runs on a data folder."""
+    handle = os.open(os.path.join(folder, "serve.lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as problem:
+        os.close(handle)
+        raise Clash("a server runs on %s: stop it first" % folder) from problem
+    return handle
+
+
+class _Threading(socketserver.ThreadingMixIn):
+    daemon_threads = True
+
+
+def waitress_server(app: Any, sock: socket.socket, polls: int) -> Any:
+    import waitress.server
+
+    return waitress.server.create_server(
+        app,
+        sockets=[sock],
+        threads=polls + 8,  # parked polls can take no more than their part
+        connection_limit=polls + 1000,
+        channel_timeout=30,
+        max_request_body_size=MAX_BODY,
+        max_request_header_size=16384,
+        clear_untrusted_proxy_headers=False,  # Web.source believes only TRUSTED_PROXIES
+        ident=None,
+    )
+
+
+def run_waitress(app: Any, sock: socket.socket, polls: int) -> None:
+    waitress_server(app, sock, polls).run()
+
+
+def run_gevent(app: Any, sock: socket.socket, polls: int) -> None:
+    import gevent.pywsgi
+
+    gevent.pywsgi.WSGIServer(sock, app, log=None).serve_forever()
+
+
+def run_wsgiref(app: Any, sock: socket.socket, polls: int) -> None:
+    """The standard library's server with a thread for each request."""
+    from wsgiref.simple_server import ServerHandler, WSGIRequestHandler, WSGIServer
+
+    class Quiet(WSGIRequestHandler):
+        def log_message(self, format: str, *args: Any) -> None:
+            log.debug(format, *args)
+
+    class Server(_Threading, WSGIServer):
+        address_family = sock.family
+
+    ServerHandler.server_software = ""
+    server = Server(sock.getsockname()[:2], Quiet, bind_and_activate=False)
+    server.socket.close()
+    server.socket = sock
+    server.server_name, server.server_port = sock.getsockname()[:2]
+    server.setup_environ()
+    server.set_app(app)
+    try:
+        server.serve_forever()
+    finally:
+        server.server_close()
+
+
+BACKENDS = {"waitress": run_waitress, "gevent": run_gevent, "wsgiref": run_wsgiref}
+
+
+def backend(settings: Settings) -> Callable[[Any, socket.socket, int], None]:
+    """The web server to run on: the one that is asked for, or what there is instead, with a word."""
+    name = settings.values["SERVER_BACKEND"]
+    if name not in BACKENDS:
+        raise Invalid("SERVER_BACKEND=%s: there are %s" % (name, ", ".join(BACKENDS)))
+    if name == "gevent" and "gevent.monkey" not in sys.modules:
+        os.environ["SERVER_BACKEND"] = name  # see IMPORTS: it has to be known before they are made
+        os.execv(sys.executable, [sys.executable, os.path.abspath(__file__), *sys.argv[1:]])  # noqa: S606
+    try:
+        if name != "wsgiref":
+            __import__(name)
+    except ImportError:
+        log.warning(
+            "%s is not installed: serving with a thread for each request, which is slower "
+            "(pip install %s)", name, name
+        )  # fmt: skip
+        name = "wsgiref"
+    return BACKENDS[name]
+
+
+class Housekeeping:
+    """The two threads beside the web server: one for what time brings, one for other processes."""
+
+    def __init__(self, agents: Agents) -> None:
+        self.agents = agents
+        self.stopped = threading.Event()
+        self.threads = [threading.Thread(target=each, daemon=True) for each in (self.tidy, self.watch)]
+
+    def start(self) -> None:
+        for thread in self.threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Let go of what waits, write what is not written yet."""
+        self.stopped.set()
+        self.agents.bell.stop()
+        for thread in self.threads:
+            thread.join(5)
+        self.agents.flush()
+
+    def tidy(self) -> None:
+        rounds = 0
+        while not self.stopped.wait(HOUSEKEEPING):
+            rounds += 1
+            try:
+                self.agents.flush()
+                self.agents.settle_due()
+                sweep(self.agents.core)
+            except (ServerError, peewee.PeeweeException) as problem:
+                log.error("housekeeping: %s", problem)
+            if rounds % 20 == 0:
+                self.agents.sight.forget()
+
+    def watch(self) -> None:
+        """Wake long-polls for changes by the command line or another replica."""
+        before: list[tuple[Any, ...]] = []
+        while self.agents.bell.occupied():
+            try:
+                now = self.agents.core.store.rows("SELECT id, counter, tag FROM network")
+            except peewee.PeeweeException as problem:
+                log.error("watching: %s", problem)
+                now = before
+            if now != before:
+                before = now
+                self.agents.bell.ring()
+            self.stopped.wait(WATCH)
+
+
+def _terminate(number_: int, frame: object) -> NoReturn:
+    raise SystemExit(0)
+
+
+def serve(settings: Settings, out: Callable[[str], None]) -> None:
+    """Run the server until it is told to stop."""
+    run = backend(settings)
+    os.makedirs(settings.data, mode=0o700, exist_ok=True)
+    held = lock_folder(settings.data)
+    sock = listener(settings.values["SERVER_BIND"], settings.port)
+    core = open_core(settings)
+    core.store.set_meta("urls", " ".join(own_urls(settings)))
+    agents = Agents(core, Sight(settings))
+    keeper = Housekeeping(agents)
+    signal.signal(signal.SIGTERM, _terminate)
+    out("listening on %s" % endpoint(*sock.getsockname()[:2]))
+    out("agents reach it at %s" % core.store.meta("urls"))
+    out("its key (pin): %s" % b64(core.key.pin))
+    keeper.start()
+    try:
+        run(make_app(agents), sock, settings.poll_limit)
+    except (KeyboardInterrupt, SystemExit):
+        pass
+    finally:
+        keeper.stop()
+        core.store.close()
+        os.close(held)
+
+
+# --------------------------------------------------------------------------------------------------
+# CLI
+# --------------------------------------------------------------------------------------------------
+
+
+class Printed(NamedTuple):
+    """What a command prints, the object for --json or the lines for people, and its exit status."""
+
+    value: Any
+    lines: list[str]
+    status: int = 0
+
+
+def write(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def table(rows: Sequence[Row], columns: Mapping[str, str], none: str) -> list[str]:
+    """Aligned columns under their headings; columns: heading → field."""
+    if not rows:
+        return [none]
+    cells = [list(columns)] + [[_cell(row[field]) for field in columns.values()] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "-"
+    return "-" if value in ("", None) else str(value)
+
+
+def listing(row: Row) -> list[str]:
+    """One object, a line for each field."""
+    width = max(map(len, row))
+    return ["%s  %s" % (name.ljust(width), _cell(value)) for name, value in row.items()]
+
+
+def ago(then: int) -> str:
+    """How long ago, for people."""
+    seconds = max(0, int(time.time()) - then)
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return "%d %s ago" % (seconds // size, unit)
+    return "%d s ago" % seconds if then else "never"
+
+
+Arguments = argparse.Namespace
+NETWORK_COLUMNS = {
+    "NETWORK": "netid", "RANGE": "addressrange", "RANGE6": "addressrange6", "NODES": "nodes",
+    "REVISION": "revision",
+}  # fmt: skip
+NODE_TABLE = {
+    "NAME": "name", "ID": "id", "ADDRESS": "address", "ADDRESS6": "address6", "ENDPOINT": "endpoint",
+    "PORT": "listenport", "STATUS": "status", "SEEN": "seen",
+}  # fmt: skip
+KEY_COLUMNS = {"NAME": "name", "USES LEFT": "uses", "EXPIRES": "expires"}
+
+
+def cmd_network_add(core: Core, args: Arguments) -> Printed:
+    given = {
+        "addressrange": args.range, "addressrange6": args.range6, "localrange": args.local_range,
+        "defaultudpholepunch": args.hole_punch, "allowmanualsignup": args.manual_signup,
+        "defaultlistenport": args.port, "defaultkeepalive": args.keepalive, "defaultmtu": args.mtu,
+        "nodelimit": args.node_limit, "checkininterval": args.checkin_interval,
+        "islocal": "yes" if args.local_only else None,
+    }  # fmt: skip
+    words = ["%s=%s" % (name, value) for name, value in given.items() if value is not None]
+    row = add_network(core, args.name, network_columns(parse_fields(words, NETWORK_FIELDS)))
+    where = " and ".join(filter(None, (row["range"], row["range6"])))
+    lines = ["network %s: %s" % (row["id"], where), "next: netmaker-lite key add %s" % row["id"]]
+    return Printed(view_network(row, core.settings), lines)
+
+
+def cmd_network_list(core: Core, args: Arguments) -> Printed:
+    shown = [view_network(row, core.settings) for row in networks(core)]
+    none = "no networks: netmaker-lite network add NAME --range 10.20.30.0/24"
+    return Printed(shown, table(shown, NETWORK_COLUMNS, none))
+
+
+def cmd_network_show(core: Core, args: Arguments) -> Printed:
+    shown = view_network(need_network(core, args.network), core.settings)
+    return Printed(shown, listing(shown))
+
+
+def cmd_network_set(core: Core, args: Arguments) -> Printed:
+    values = network_columns(parse_fields(args.fields, NETWORK_FIELDS))
+    shown = view_network(set_network(core, args.network, values), core.settings)
+    return Printed(shown, listing(shown))
+
+
+def cmd_network_remove(core: Core, args: Arguments) -> Printed:
+    row = remove_network(core, args.network)
+    return Printed(view_network(row, core.settings), ["network %s removed" % row["id"]])
+
+
+def cmd_key_add(core: Core, args: Arguments) -> Printed:
+    uses = None if args.uses == "unlimited" else whole(1, 1 << 31)(args.uses)
+    lifetime = check_lifetime(args.expires) if args.expires else None
+    shown = view_key(add_key(core, args.network, args.name, uses, lifetime))
+    lines = [
+        "key %s for %s, uses: %s%s" % (shown["name"], shown["network"], args.uses, _until(shown)),
+        "  key    %s" % shown["value"],
+        "  token  %s" % shown["accessstring"],
+        "  join   %s" % shown["join"],
+        "This is shown once.",
+    ]
+    return Printed(shown, lines)
+
+
+def _until(key: Row) -> str:
+    return ", until %s UTC" % _date(key["expiration"]) if key["expiration"] else ""
+
+
+def _date(then: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.gmtime(then))
+
+
+def cmd_key_list(core: Core, args: Arguments) -> Printed:
+    shown = [view_key(row) for row in access_keys(core, args.network)]
+    for_people = [
+        {
+            **row,
+            "uses": "unlimited" if row["uses"] is None else row["uses"],
+            "expires": _date(row["expiration"]) if row["expiration"] else "never",
+        }
+        for row in shown
+    ]
+    none = "no keys: netmaker-lite key add %s" % args.network
+    return Printed(shown, table(for_people, KEY_COLUMNS, none))
+
+
+def cmd_key_remove(core: Core, args: Arguments) -> Printed:
+    row = remove_key(core, args.network, args.key)
+    return Printed(view_key(row), ["key %s removed: nobody can join with it any more" % row["name"]])
+
+
+def cmd_node_list(core: Core, args: Arguments) -> Printed:
+    network = need_network(core, args.network)
+    shown = [view_node(row, network) for row in nodes(core, args.network)]
+    for_people = [{**row, "seen": ago(row["lastcheckin"])} for row in shown]
+    none = "no nodes: netmaker-lite key add %s prints the line that joins one" % network["id"]
+    return Printed(shown, table(for_people, NODE_TABLE, none))
+
+
+def cmd_node_show(core: Core, args: Arguments) -> Printed:
+    node = need_node(core, args.network, args.node)
+    shown = view_node(node, need_network(core, args.network))
+    sql = (
+        "SELECT node.name, observed.endpoint FROM observed JOIN node ON node.id = observed.observer"
+        " WHERE observed.node = ? ORDER BY node.name"
+    )
+    seen_by = {name: place_ or "no handshake" for name, place_ in core.store.rows(sql, (node["id"],))}
+    people = ["%s sees it at %s" % pair for pair in seen_by.items()]
+    return Printed({**shown, "seenby": seen_by}, listing(shown) + people)
+
+
+def node_command(action: Callable[[Core, Row], Row], done: str) -> Callable[[Core, Arguments], Printed]:
+    """A command that does one thing to one node."""
+
+    def command(core: Core, args: Arguments) -> Printed:
+        node = action(core, need_node(core, args.network, args.node))
+        shown = view_node(node, need_network(core, args.network))
+        return Printed(shown, ["node %s %s" % (node["name"], done)])
+
+    return command
+
+
+def cmd_node_set(core: Core, args: Arguments) -> Printed:
+    node = need_node(core, args.network, args.node)
+    values = node_columns(parse_fields(args.fields, NODE_FIELDS), node)
+    shown = view_node(set_node(core, node, values), need_network(core, args.network))
+    return Printed(shown, listing(shown))
+
+
+def cmd_backup(core: Core, args: Arguments) -> Printed:
+    backup(core, args.file, args.with_key)
+    note = "" if args.with_key else ", without server.key: keep that file too, or use --with-key"
+    value = {"file": args.file, "with_key": "yes" if args.with_key else "no"}
+    return Printed(value, ["backup written to %s%s" % (args.file, note)])
+
+
+def cmd_check(core: Core, args: Arguments) -> Printed:
+    found = check(core)
+    lines = found or ["the database is in order"]
+    return Printed({"findings": found}, lines, 1 if found else 0)
+
+
+def cmd_restore(settings: Settings, args: Arguments) -> Printed:
+    os.makedirs(settings.data, mode=0o700, exist_ok=True)
+    held = lock_folder(settings.data)
+    try:
+        done = restore(settings, args.file)
+    finally:
+        os.close(held)
+    back = ["%s (%s, network %s)" % (node["name"], node["id"], node["network"]) for node in done.back]
+    lines = ["restored: %d nodes" % done.nodes]
+    lines += ["removed since the backup and back in now: " + each for each in back]
+    value = {"nodes": done.nodes, "back": [node["id"] for node in done.back]}
+    return Printed(value, lines)
+
+
+def cmd_serve(settings: Settings, args: Arguments) -> Printed:
+    serve(settings, write)
+    return Printed(None, [])
+
+
+def cmd_version(settings: Settings, args: Arguments) -> Printed:
+    return Printed({"version": __version__}, ["netmaker-lite " + __version__])
+
+
+class Argument(NamedTuple):
+    """An argument of a command, as argparse wants it."""
+
+    flags: tuple[str, ...]
+    options: Mapping[str, Any]
+
+
+def arg(*flags: str, **options: Any) -> Argument:
+    return Argument(flags, options)
+
+
+class Command(NamedTuple):
+    """A command: its words, what it does, its arguments, what runs it, and whether on the open data or the settings alone."""
+
+    words: str
+    help: str
+    arguments: tuple[Argument, ...]
+    run: Callable[[Any, Arguments], Printed]
+    on_data: bool = True
+
+
+NETWORK = arg("network", metavar="NETWORK", help="its name")
+NODE = arg("node", metavar="NODE", help="id or name")
+PAIRS = arg("fields", metavar="KEY=VALUE", nargs="+", help="fields to set")
+COMMANDS = (
+    Command(
+        "serve",
+        "run the server",
+        tuple(arg(each.flag, metavar="X", help=each.help) for each in SETTINGS if each.flag in ("--host", "--port")),
+        cmd_serve,
+        False,
+    ),
+    Command(
+        "network add",
+        "make a network",
+        (
+            arg("name", metavar="NAME", help="1 to 12 letters, digits, '.', '_' or '-'"),
+            arg("--range", metavar="CIDR", help="IPv4 range, like 10.20.30.0/24"),
+            arg("--range6", metavar="CIDR", help="IPv6 range, like fd00:20:30::/64"),
+            arg("--local-only", action="store_true", help="all nodes are in one LAN"),
+            arg("--local-range", metavar="CIDR", help="that LAN's range"),
+            arg("--hole-punch", metavar="yes|no", help="use observed endpoints (yes)"),
+            arg("--manual-signup", metavar="yes|no", help="let nodes ask without a key (no)"),
+            arg("--port", metavar="N", help="the nodes' WireGuard port (51821)"),
+            arg("--keepalive", metavar="S", help="persistent keepalive, 0 for none (20)"),
+            arg("--mtu", metavar="N", help="MTU of the interfaces (1280)"),
+            arg("--node-limit", metavar="N", help="how many nodes it may have"),
+            arg("--checkin-interval", metavar="S", help="seconds between check-ins"),
+        ),
+        cmd_network_add,
+    ),
+    Command("network list", "all networks", (), cmd_network_list),
+    Command("network show", "one network", (NETWORK,), cmd_network_show),
+    Command("network set", "change a network", (NETWORK, PAIRS), cmd_network_set),
+    Command("network remove", "forget a network without nodes", (NETWORK,), cmd_network_remove),
+    Command(
+        "key add",
+        "make an access key; print what joins a machine, once",
+        (
+            NETWORK,
+            arg("--name", default="", metavar="N", help="its name (chosen by itself)"),
+            arg("--uses", default="1", metavar="N", help="machines that may join, or `unlimited` (1)"),
+            arg("--expires", default="", metavar="24h", help="how long it is good (for ever)"),
+        ),
+        cmd_key_add,
+    ),
+    Command("key list", "the access keys of a network", (NETWORK,), cmd_key_list),
+    Command(
+        "key remove",
+        "make an access key useless",
+        (NETWORK, arg("key", metavar="NAME", help="its name")),
+        cmd_key_remove,
+    ),
+    Command("node list", "the nodes of a network", (NETWORK,), cmd_node_list),
+    Command("node show", "one node", (NETWORK, NODE), cmd_node_show),
+    Command("node approve", "let a pending node in", (NETWORK, NODE), node_command(approve, "approved")),
+    Command("node reject", "turn a pending node away", (NETWORK, NODE), node_command(reject, "rejected")),
+    Command("node disable", "take it out of the mesh", (NETWORK, NODE), node_command(disable, "disabled")),
+    Command("node enable", "let it in again", (NETWORK, NODE), node_command(enable, "enabled")),
+    Command("node remove", "end its membership", (NETWORK, NODE), node_command(remove_node, "removed")),
+    Command("node set", "change a node", (NETWORK, NODE, PAIRS), cmd_node_set),
+    Command(
+        "backup",
+        "write everything into one file",
+        (
+            arg("file", metavar="FILE", help="the backup"),
+            arg("--with-key", action="store_true", help="with server.key: keep it like a password"),
+        ),
+        cmd_backup,
+    ),
+    Command("restore", "take over a backup", (arg("file", metavar="FILE", help="the backup"),), cmd_restore, False),
+    Command("check", "look for faults in the database", (), cmd_check),
+    Command("version", "print the version", (), cmd_version, False),
+)
+NOUNS = {"network": "networks", "key": "access keys", "node": "nodes"}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command table."""
+    parser = argparse.ArgumentParser(
+        prog="netmaker-lite",
+        description="Server of a WireGuard mesh, and its administrator's tool.",
+        epilog="Settings (environment or netmaker.env): " + ", ".join(each.name for each in SETTINGS),
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--data", metavar="DIR", help="the data folder")
+    common.add_argument("--json", action="store_true", help="print JSON")
+    verbs = parser.add_subparsers(metavar="COMMAND", required=True)
+    groups = {}
+    for noun, what in NOUNS.items():
+        group = verbs.add_parser(noun, help=what)
+        groups[noun] = group.add_subparsers(metavar="VERB", required=True)
+    for command in COMMANDS:
+        noun, _, verb = command.words.rpartition(" ")
+        place_ = groups[noun] if noun else verbs
+        one = place_.add_parser(verb, help=command.help, description=command.help, parents=[common])
+        for argument in command.arguments:
+            one.add_argument(*argument.flags, **argument.options)
+        one.set_defaults(command=command)
+    return parser
+
+
+def as_owner(folder: str) -> None:
+    """Run by root beside an unprivileged server, become that: root's files would lock it out."""
+    if os.geteuid() == 0 and os.path.isdir(folder):
+        owner = os.stat(folder)
+        if owner.st_uid:
+            os.setegid(owner.st_gid)
+            os.seteuid(owner.st_uid)
+
+
+def show(printed: Printed, as_json: bool) -> None:
+    if as_json:
+        write(json.dumps(printed.value, indent=2))
+        return
+    for line in printed.lines:
+        write(line)
+
+
+def run(args: Arguments, environment: Mapping[str, str]) -> int:
+    """One command; its exit status."""
+    command: Command = args.command
+    flags = {"NETMAKER_DATA": args.data, "SERVER_BIND": getattr(args, "host", None)}
+    if command.run is cmd_serve:
+        flags["API_PORT"] = args.port
+    settings = Settings({name: value for name, value in flags.items() if value}, environment)
+    levels = (logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG)
+    logging.basicConfig(level=levels[settings.number("VERBOSITY", 0, 3)], format="%(message)s")
+    as_owner(settings.data)
+    core = open_core(settings) if command.on_data else None
+    try:
+        printed = command.run(core or settings, args)
+    finally:
+        if core is not None:
+            core.store.close()
+    show(printed, args.json)
+    return printed.status
+
+
+def main(argv: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> int:
+    args = make_parser().parse_args(argv)
+    try:
+        return run(args, environment)
+    except (ServerError, Invalid) as problem:
+        sys.stderr.write("netmaker-lite: %s\n" % problem)
+        return 2 if isinstance(problem, Invalid) else 1
+    except BrokenPipeError:
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -218,25 +218,24 @@ install_project() { # from a copy, so that building leaves nothing in the checko
 	rm -rf "$copy"
 }
 
+link_program() { # NAME PROGRAM
+	if [ -e "$NM_BIN/$1" ] && ! [ -L "$NM_BIN/$1" ]; then
+		die "$NM_BIN/$1 is there and not from here: move it away, then run this again"
+	fi
+	ln -sf "$NM_VENV/bin/$2" "$NM_BIN/$1"
+}
+
 link_programs() {
-	local program
 	mkdir -p "$NM_BIN"
-	for program in netmaker-lite netclient-lite; do
-		if [ -e "$NM_BIN/$program" ] && ! [ -L "$NM_BIN/$program" ]; then
-			die "$NM_BIN/$program is there and not from here: move it away, then run this again"
-		fi
-		ln -sf "$NM_VENV/bin/$program" "$NM_BIN/$program"
-	done
+	link_program netmaker-lite netmaker-lite
+	link_program netclient-lite netclient-lite
+	link_program netclient_lite.py netclient-lite
 }
 
 # --- processes: systemd where it runs, else in the background with a pid file ------------------------------------------
 
 has_systemd() {
 	[ -d "$NM_RUN/systemd/system" ]
-}
-
-has_init() { # one that the agent can install itself into
-	has_systemd || [ -d "$NM_RUN/openrc" ] || [ -d "$NM_RUN/runit" ] || [ -p "$NM_RUN/initctl" ]
 }
 
 pid_of() { # NAME WORD: prints the number in the pid file if that process lives and is what the word says
@@ -247,10 +246,14 @@ pid_of() { # NAME WORD: prints the number in the pid file if that process lives 
 }
 
 start_process() { # NAME COMMAND…: in the background, in a session of its own, with a log and a pid file
-	local name="$1"
+	local name="$1" pid
 	shift
-	(cd / && "$@") </dev/null >>"$NM_LOG/$name.log" 2>&1 9>&- &
-	echo $! >"$NM_RUN/$name.pid"
+	( # writes its own number before it becomes the command: killed at any point, this leaves nothing unknown running
+		cd /
+		read -r pid _ </proc/self/stat
+		echo "$pid" >"$NM_RUN/$name.pid"
+		"$@"
+	) </dev/null >>"$NM_LOG/$name.log" 2>&1 9>&- &
 }
 
 end_process() { # NAME WORD: kindly first
@@ -270,7 +273,8 @@ end_process() { # NAME WORD: kindly first
 # --- the server ------------------------------------------------------------------------------------------------------
 
 become() { # COMMAND…: goes on as the server's user, so call it in a subshell
-	exec setpriv --reuid="$NM_USER" --regid="$NM_USER" --init-groups --no-new-privs env HOME="$NM_DATA" "$@"
+	exec setpriv --reuid="$NM_USER" --regid="$NM_USER" --init-groups --no-new-privs \
+		env HOME="$NM_DATA" NETMAKER_DATA="$NM_DATA" "$@"
 }
 
 as_server() {
@@ -278,7 +282,7 @@ as_server() {
 }
 
 admin() { # ARGUMENTS…: the server's own command line
-	as_server "$NM_VENV/bin/netmaker-lite" --data "$NM_DATA" "$@"
+	as_server "$NM_VENV/bin/netmaker-lite" "$@"
 }
 
 need_user() {
@@ -332,8 +336,9 @@ unit() {
 
 		[Service]
 		User=$NM_USER
+		Environment=NETMAKER_DATA=$NM_DATA
 		${NM_HOST:+Environment=SERVER_HOST=$NM_HOST}
-		ExecStart=$NM_VENV/bin/netmaker-lite --data $NM_DATA serve --port $NM_PORT
+		ExecStart=$NM_VENV/bin/netmaker-lite serve --port $NM_PORT
 		Restart=on-failure
 		RestartSec=2
 		UMask=0077
@@ -365,7 +370,7 @@ start_server() { # unless it runs as it should
 		start_with_systemd || die "systemd could not start the server: see journalctl -u $SERVER"
 	else
 		start_process "$SERVER" become ${NM_HOST:+"SERVER_HOST=$NM_HOST"} \
-			setsid "$NM_VENV/bin/netmaker-lite" --data "$NM_DATA" serve --port "$NM_PORT"
+			setsid "$NM_VENV/bin/netmaker-lite" serve --port "$NM_PORT"
 	fi
 }
 
@@ -438,6 +443,12 @@ fresh_token() { # KEY EXPIRY: prints a token for one join; a key of that name fr
 		"$NM_VENV/bin/python" -I -c 'import json, sys; print(json.load(sys.stdin)["accessstring"])'
 }
 
+servers() { # prints those that the token coming in names
+	"$NM_VENV/bin/python" -I -c 'import base64, json, sys
+token = sys.stdin.read()
+print(" or ".join(json.loads(base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)))["server"]))'
+}
+
 agent() {
 	"$NM_VENV/bin/netclient-lite" "$@" 9>&-
 }
@@ -455,7 +466,7 @@ need_node() {
 				"netclient-lite leave -n $NETWORK and then this again"
 	else
 		say "joining this machine"
-		has_init && daemon=on
+		has_systemd && daemon=on
 		token=$(fresh_token "$KEY-own" 1h)
 		NETCLIENT_ACCESSTOKEN=$token agent join --daemon $daemon >&2 ||
 			die "this machine could not join: see the message above, then run this again"
@@ -463,19 +474,19 @@ need_node() {
 	fi
 }
 
-need_daemon() { # where no init system calls the agent
-	has_init && return
+need_daemon() { # where systemd does not call the agent
+	has_systemd && return
 	[ $updated = no ] || end_process "$DAEMON" daemon
 	pid_of "$DAEMON" daemon >/dev/null && return
 	start_process "$DAEMON" exec setsid "$NM_VENV/bin/netclient-lite" daemon
-	say "no init system runs here: after a restart of this machine, run this again"
+	say "systemd does not run here: after a restart of this machine, run this again"
 }
 
 next_line() {
 	local token
 	token=$(fresh_token "$KEY" 24h)
-	say "On the next machine, as root, beside a copy of netclient_lite.py (good for one join, for 24 hours):"
-	say "It must reach TCP port $NM_PORT of this machine; NM_HOST sets the name or address that the line carries."
+	say "Other machines must reach this server at $(printf '%s' "$token" | servers) (NM_HOST sets the name or address)."
+	say "To join one, as root, beside a copy of netclient_lite.py there (good once, for 24 hours):"
 	echo "python3 netclient_lite.py join -t $token"
 }
 
@@ -506,7 +517,7 @@ demo() {
 	install_packages
 	install_project
 	server_pid >/dev/null || project_stamp >"$NM_VENV/.project"
-	exec "$NM_VENV/bin/python" "$here/tests/demo.py" 9>&-
+	PYTHONDONTWRITEBYTECODE=1 exec "$NM_VENV/bin/python" "$here/tests/demo.py" 9>&-
 }
 
 main() {

@@ -519,6 +519,7 @@ class Lab:
     internet: Host
 
     def __init__(self, python: str = sys.executable) -> None:
+        self.python = python
         self.agent_argv = (python, str(CODE / "netclient_lite.py"))
         self.server_argv = (python, str(CODE / "netmaker_lite.py"))
         self.hosts: dict[str, Host] = {}

@@ -148,7 +148,8 @@ def test_what_a_hand_breaks_the_next_checkin_repairs(sites: Sites) -> None:
 def test_the_mesh_lives_without_its_server(sites: Sites) -> None:
     """Killed: all goes on; a node reboots and comes up from disk; the server comes back and nodes go on where they were."""
     mesh, left, right = sites.mesh, sites.left, sites.right
-    time.sleep(0.1)
+    name = "/etc/netclient/config/peers-demo"  # written at most once a minute: the join's own was the last
+    wait_for(lambda: left.checkin() and '"right"' in left.host.read(name), 70, "the last good state on disk")
     with sites.right.host.pinging(sites.hub.address) as ping:
         mesh.kill()
         dead = [member.checkin(check=False) for member in sites.all]

@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model of what `wg set` and `ip` do to one WireGuard interface: plans are replayed on it.
+
+    kernel = Kernel("nm-demo")
+    kernel("ip", "link", "add", "dev", "nm-demo", "type", "wireguard")
+    kernel.replay(plan(kernel.actual(), desired, create))
+    assert kernel.actual() == …
+
+It refuses what Linux refuses: an address that is there already, a route on an interface that is down, a word that the tool does not
+know. What it knows of Linux was measured on 6.18, and can be measured again, against this machine (root, wireguard-go):
+
+    unshare -n -m -p --fork --kill-child --mount-proc python tests/kernel.py 300 SEED
+
+walks 300 random commands on a real interface and on the model, and compares the two after each. The standard library alone.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import random
+import shlex
+import subprocess
+import sys
+import time
+from typing import Any, Iterable, Iterator, List, Mapping, NamedTuple, Sequence
+
+if __name__ == "__main__":
+    sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from netclient_lite import Actual, CommandFailed, LivePeer, Run, Step, System
+
+IPV6_MIN_MTU = 1280  # below it Linux has no IPv6 on the interface
+NEW_MTU = 1420
+
+
+class RefusedByKernel(Exception):
+    """The tool would have returned another status than 0."""
+
+
+class Address(NamedTuple):
+    """An address of the interface. Linux lists primary addresses first, then the secondary ones."""
+
+    text: str
+    secondary: bool
+
+    @property
+    def network(self) -> str:
+        return str(ipaddress.ip_interface(self.text).network)
+
+    @property
+    def version(self) -> int:
+        return ipaddress.ip_interface(self.text).version
+
+
+class Route(NamedTuple):
+    """A route over the interface: the kernel's own for an address, or somebody's."""
+
+    to: str
+    kernel: bool
+
+    @property
+    def version(self) -> int:
+        return ipaddress.ip_network(self.to).version
+
+
+class Kernel:
+    """One interface, and the tools that change it."""
+
+    def __init__(self, interface: str, busybox: bool = False) -> None:
+        self.interface, self.busybox = interface, busybox
+        self.exists = False
+        self.private, self.port, self.mtu, self.up = "", 0, NEW_MTU, False
+        self.addresses: List[Address] = []
+        self.routes: List[Route] = []
+        self.peers: dict[str, LivePeer] = {}
+        self.ran: list[tuple[str, ...]] = []
+
+    def actual(self) -> Actual:
+        """What the agent would read."""
+        if not self.exists:
+            return Actual()
+        addresses = frozenset(address.text for address in self.addresses)
+        routes = frozenset(route.to for route in self.routes)
+        return Actual(True, self.private, self.port, self.mtu, self.up, addresses, routes, dict(self.peers))
+
+    def replay(self, steps: Iterable[Step]) -> None:
+        """Run the steps of a plan; the first refusal ends it, as it ends Run.apply."""
+        for step in steps:
+            self(*step.argv, stdin=step.stdin)
+
+    def __call__(self, *argv: str, stdin: str = "") -> None:
+        """Run one command."""
+        self.ran.append(argv)
+        words = list(argv)
+        if words == ["wireguard-go", self.interface] or words[1:] == ["link", "add", "dev", self.interface, "type", "wireguard"]:
+            self._create()
+        elif words[:2] == ["wg", "set"]:
+            self._wg(words[2:], stdin)
+        elif words[0] == "ip":
+            self._ip(words[1:], stdin)
+        else:
+            raise RefusedByKernel(f"no such command: {shlex.join(argv)}")
+
+    def _create(self) -> None:
+        self._refuse_if(self.exists, "File exists")
+        self.__init__(self.interface, self.busybox)  # type: ignore[misc]
+        self.exists = True
+
+    def _refuse_if(self, wrong: bool, why: str) -> None:
+        if wrong:
+            raise RefusedByKernel(f"{self.interface}: {why}")
+
+    # -- wg ------------------------------------------------------------------------------------------------------------
+
+    def _wg(self, words: list[str], stdin: str) -> None:
+        self._refuse_if(not self.exists or words[:1] != [self.interface], "No such device")
+        head, *peers = _split_before(words[1:], "peer")
+        values = _pairs(head, ("listen-port", "private-key"))
+        if "private-key" in values:
+            self._refuse_if(values["private-key"] != "/dev/stdin" or len(stdin.strip()) != 44, "Key is not the correct length")
+            self.private = stdin.strip()
+        self.port = int(values.get("listen-port", self.port))
+        for words in peers:
+            self._peer(words[1], words[2:])
+
+    def _peer(self, key: str, words: Sequence[str]) -> None:
+        self._refuse_if(len(key) != 44, "Key is not the correct length or format")
+        if list(words) == ["remove"]:
+            self.peers.pop(key, None)
+            return
+        values = _pairs(words, ("endpoint", "persistent-keepalive", "allowed-ips"))
+        peer = self.peers.get(key, LivePeer(key, "", frozenset(), 0, 0, 0, 0))
+        peer = peer._replace(
+            endpoint=values.get("endpoint", peer.endpoint),
+            keepalive=int(values.get("persistent-keepalive", peer.keepalive)),
+        )
+        if "allowed-ips" in values:
+            allowed = frozenset(str(ipaddress.ip_network(text, strict=False)) for text in values["allowed-ips"].split(",") if text)
+            for other in list(self.peers.values()):  # an address moves from one peer to another
+                self.peers[other.key] = other._replace(allowed=other.allowed - allowed)
+            peer = peer._replace(allowed=allowed)
+        self.peers[key] = peer
+
+    # -- ip ------------------------------------------------------------------------------------------------------------
+
+    def _ip(self, words: list[str], stdin: str) -> None:
+        if words == ["-batch", "-"]:
+            self._refuse_if(self.busybox, "invalid option -- b")
+            for line in stdin.splitlines():
+                self._ip(line.split(), "")
+            return
+        family = 0
+        if words[0] in ("-4", "-6"):
+            family = int(words.pop(0)[1])
+        what, verb, *rest = words
+        if (what, verb) == ("link", "set"):
+            self._link(rest)
+        elif what in ("addr", "route"):
+            self._refuse_if(rest[1:] != ["dev", self.interface], f"what is {rest[1:]}?")
+            self._refuse_if(not self.exists, f'Cannot find device "{self.interface}"')
+            getattr(self, f"_{what}_{verb}")(rest[0], *([family] if what == "route" else []))
+        else:
+            self._refuse_if(True, f"what is ip {shlex.join(words)}?")
+
+    def _link(self, words: Sequence[str]) -> None:
+        self._refuse_if(not self.exists or list(words[:2]) != ["dev", self.interface], "Cannot find device")
+        if words[2] == "mtu":
+            self.mtu = int(words[3])
+            if self.mtu < IPV6_MIN_MTU:
+                self._lose_ipv6()
+        elif words[2] == "up" and not self.up:
+            self.up = True
+            for address in self.addresses:
+                self._connect(address)
+        elif words[2] == "down" and self.up:
+            self.up = False
+            self._lose_ipv6()
+            self.routes = []
+
+    def _lose_ipv6(self) -> None:
+        self.addresses = [address for address in self.addresses if address.version == 4]
+        self.routes = [route for route in self.routes if route.version == 4]
+
+    def _connect(self, address: Address) -> None:
+        """The route that comes with an address: none for a secondary one, nor for a single IPv4 address."""
+        route = Route(address.network, True)
+        if self.up and not address.secondary and not route.to.endswith("/32") and route not in self.routes:
+            self.routes.append(route)
+
+    def _addr_add(self, text: str) -> None:
+        text = str(ipaddress.ip_interface(text))
+        version, home = ipaddress.ip_interface(text).version, str(ipaddress.ip_interface(text).network)
+        self._refuse_if(version == 6 and self.mtu < IPV6_MIN_MTU, "Invalid argument")
+        bare = text.split("/")[0]
+        for other in self.addresses:  # IPv6 knows an address once, IPv4 once with each prefix length
+            same = other.text == text if version == 4 else other.text.split("/")[0] == bare
+            self._refuse_if(same, "Address already assigned")
+        secondary = version == 4 and any(other.network == home and not other.secondary for other in self.addresses)
+        address = Address(text, secondary)
+        self.addresses.append(address)
+        self.addresses.sort(key=lambda one: (one.version, one.secondary))
+        self._connect(address)
+
+    def _addr_replace(self, text: str) -> None:
+        if str(ipaddress.ip_interface(text)) not in [address.text for address in self.addresses]:
+            self._addr_add(text)
+
+    def _addr_del(self, text: str) -> None:
+        found = [address for address in self.addresses if address.text == str(ipaddress.ip_interface(text))]
+        self._refuse_if(not found, "Cannot assign requested address")
+        address = found[0]
+        self.addresses.remove(address)
+        if address.version == 4 and not address.secondary:  # promote_secondaries is off
+            self.addresses = [one for one in self.addresses if not (one.secondary and one.network == address.network)]
+        if not any(one.network == address.network for one in self.addresses):
+            self._disconnect(address)
+        if address.version == 4 and not any(one.version == 4 for one in self.addresses):
+            self.routes = [route for route in self.routes if route.version != 4]
+
+    def _disconnect(self, address: Address) -> None:
+        """IPv4 takes the kernel's own route away, IPv6 the first one there is."""
+        kernel, other = Route(address.network, True), Route(address.network, False)
+        if kernel in self.routes:
+            self.routes.remove(kernel)
+        elif address.version == 6 and other in self.routes:
+            self.routes.remove(other)
+
+    def _route_replace(self, to: str, family: int) -> None:
+        route = Route(str(ipaddress.ip_network(to)), False)
+        self._refuse_if(bool(family) and family != route.version, "inet prefix is expected")
+        self._refuse_if(not self.up, "Device for nexthop is not up")
+        self._refuse_if(route.version == 6 and self.mtu < IPV6_MIN_MTU, "IPv6 is disabled on nexthop device")
+        if route not in self.routes:
+            if route.version == 4 and Route(route.to, True) in self.routes:
+                self.routes.remove(Route(route.to, True))  # the same metric: it takes the kernel's place
+            self.routes.append(route)
+
+    def _route_del(self, to: str, family: int) -> None:
+        text = str(ipaddress.ip_network(to))
+        found = sorted((route for route in self.routes if route.to == text), key=lambda route: route.kernel)
+        self._refuse_if(not found, "No such process")
+        self.routes.remove(found[-1] if found[0].version == 6 else found[0])
+
+
+def _split_before(words: Sequence[str], mark: str) -> Iterator[list[str]]:
+    """What stands before the first mark, then a list from each mark to the next."""
+    part: list[str] = []
+    for word in words:
+        if word == mark:
+            yield part
+            part = []
+        part.append(word)
+    yield part
+
+
+def _pairs(words: Sequence[str], known: Sequence[str]) -> Mapping[str, str]:
+    names, values = words[::2], words[1::2]
+    if len(names) != len(values) or set(names) - set(known):
+        raise RefusedByKernel(f"Invalid argument: {shlex.join(words)}")
+    return dict(zip(names, values))
+
+
+# -- by hand -------------------------------------------------------------------------------------------------------------
+# What somebody may have done to the interface before the agent comes.
+
+HAND_ADDRESSES = (
+    *("10.20.30.2/24", "10.20.30.3/24", "10.20.30.4/24", "10.20.0.2/16", "10.99.0.1/24", "10.98.0.1/32"),
+    *("fd00:20::2/64", "fd00:20::3/64", "fd00:99::1/64", "fd00:98::1/128"),
+)
+HAND_ROUTES = (
+    *("10.20.30.0/24", "10.20.0.0/16", "192.168.7.0/24", "192.168.0.0/16", "10.98.0.1/32", "172.29.0.0/16"),
+    *("fd00:20::/64", "fd00:7::/48", "fd00:98::1/128", "2001:db8:7::/64"),
+)
+
+
+def hand_commands(interface: str) -> list[tuple[str, ...]]:
+    """Every change of addresses, routes and the link that the model knows."""
+    link = ("ip", "link", "set", "dev", interface)
+    found: list[tuple[str, ...]] = [(*link, "up"), (*link, "down")]
+    found += [(*link, "mtu", mtu) for mtu in ("1420", "1280", "1200")]
+    for verb in ("add", "del"):
+        found += [("ip", "addr", verb, text, "dev", interface) for text in HAND_ADDRESSES]
+    for verb in ("replace", "del"):
+        for text in HAND_ROUTES:
+            family = ("-6",) if ":" in text else ()
+            found.append(("ip", *family, "route", verb, text, "dev", interface))
+    return found
+
+
+# -- the walk ------------------------------------------------------------------------------------------------------------
+
+
+def walk(steps: int, seed: str, interface: str = "nm-model") -> str:
+    """Random commands on the model and on this machine; the first difference, or ""."""
+    chance, run = random.Random(seed), Run()
+    system, model = System(run), Kernel(interface)
+    run("mount", "-t", "tmpfs", "none", "/run/wireguard")
+    run("wireguard-go", interface, detached=True)
+    model("wireguard-go", interface)
+    while not os.path.exists(f"/run/wireguard/{interface}.sock"):
+        time.sleep(0.01)
+    commands = hand_commands(interface)
+    usual = [command for command in commands if "link" not in command]
+    run("ip", "link", "set", "dev", interface, "up")
+    model("ip", "link", "set", "dev", interface, "up")
+    try:
+        for number in range(steps):
+            command = chance.choice(commands if number % 5 == 0 else usual)
+            told = {"machine": _outcome(run, command), "model": _outcome(model, command)}
+            real = system.actual(interface, system.links())
+            told_all = real._replace(port=0, private="")
+            if told["machine"] != told["model"] or told_all != model.actual():
+                return f"step {number}: {shlex.join(command)}: {told}\nmachine {told_all}\nmodel   {model.actual()}"
+    finally:
+        run("ip", "link", "del", "dev", interface)  # and with it wireguard-go
+    return ""
+
+
+def _outcome(tool: Any, command: Sequence[str]) -> str:
+    try:
+        tool(*command)
+    except (CommandFailed, RefusedByKernel):
+        return "refused"
+    return "done"
+
+
+if __name__ == "__main__":
+    print(subprocess.run(["ip", "-V"], capture_output=True, text=True, check=False).stdout.strip())
+    difference = walk(int(sys.argv[1]), sys.argv[2])
+    print(difference or "the model does what this machine does")
+    sys.exit(bool(difference))

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranges, host numbers and which address is next."""
+
+from __future__ import annotations
+
+import ipaddress
+
+import netmaker_lite as server
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from netclient_lite import Invalid
+
+
+class Book:
+    """Leases in memory: address → node, or None once released."""
+
+    def __init__(self):
+        self.nodes = {}
+
+    def held(self, address):
+        return None if address not in self.nodes else self.nodes[address] is not None
+
+    def released(self):
+        return [address for address, node in self.nodes.items() if node is None]
+
+    def take(self, placement, node):
+        for address in placement.addresses:
+            assert not self.held(address)
+            self.nodes.pop(address, None)
+            self.nodes[address] = node
+
+    def release(self, node):
+        for address in [a for a, n in self.nodes.items() if n == node]:
+            del self.nodes[address]
+            self.nodes[address] = None
+
+
+@st.composite
+def ranges(draw):
+    four = six = ""
+    kinds = draw(st.sampled_from(("4", "6", "46")))
+    if "4" in kinds:
+        prefix = draw(st.integers(8, 30))
+        base = draw(st.integers(0, 2**prefix - 1)) << 32 - prefix
+        four = "%s/%d" % (ipaddress.IPv4Address(base), prefix)
+    if "6" in kinds:
+        prefix = draw(st.integers(48, 126))
+        base = (0xFD << 120 | draw(st.integers(0, 2**100))) >> 128 - prefix << 128 - prefix
+        six = "%s/%d" % (ipaddress.IPv6Address(base), prefix)
+    return four, six
+
+
+@given(ranges(), st.lists(st.tuples(st.sampled_from("jjjw-"), st.integers(0, 40)), max_size=40))
+def test_no_address_twice_nor_network_nor_broadcast(texts, story):
+    """Joins, wishes and leavings in any order, in ranges of any size."""
+    each = server.pools(*texts)
+    book, cursor, living = Book(), 1, set()
+    for number, (what, choice) in enumerate(story):
+        if what == "-":
+            if living:
+                node = sorted(living)[choice % len(living)]
+                living.remove(node)
+                book.release(node)
+            continue
+        wishes = [each[0].address(min(choice + 1, each[0].last))] if what == "w" else []
+        try:
+            placement = server.place(each, cursor, wishes, book)
+        except server.Clash:
+            smallest = min(pool.last for pool in each)
+            assert wishes or len(living) >= min(smallest, len(living)) and smallest < 60
+            continue
+        assert not wishes or placement.addresses[0] == wishes[0]
+        book.take(placement, number)
+        living.add(number)
+        cursor = placement.cursor
+        for text, address in zip(filter(None, texts), placement.addresses):
+            block = ipaddress.ip_network(text)
+            assert ipaddress.ip_address(address) in block
+            assert address not in (str(block.network_address), str(block.broadcast_address))
+
+
+@pytest.mark.parametrize("text", ["10.0.0.0/30", "10.0.0.0/29", "10.9.8.0/28"])
+def test_every_address_is_used_before_it_is_full(text):
+    book, cursor, pool = Book(), 1, server.pools(text)
+    for node in range(pool[0].last):
+        placement = server.place(pool, cursor, (), book)
+        book.take(placement, node)
+        cursor = placement.cursor
+    with pytest.raises(server.Clash, match="every address"):
+        server.place(pool, cursor, (), book)
+    book.release(1)
+    book.release(0)
+    assert server.place(pool, cursor, (), book).addresses == (pool[0].address(2),)  # the longest released
+
+
+def test_dual_stack_shares_the_host_number():
+    pools = server.pools("10.20.30.0/24", "fd00:20:30::/64")
+    placement = server.place(pools, 7, (), Book())
+    assert placement == server.Placement(("10.20.30.7", "fd00:20:30::7"), 8)
+    wished = server.place(pools, 7, ("10.20.30.99", ""), Book())
+    assert wished == server.Placement(("10.20.30.99", "fd00:20:30::63"), 7)
+
+
+@pytest.mark.parametrize("wish", ["10.20.30.0", "10.20.30.255", "10.20.31.1", "fd00::1"])
+def test_a_wish_outside_is_refused(wish):
+    with pytest.raises(Invalid, match="no address that a node"):
+        server.place(server.pools("10.20.30.0/24"), 1, (wish,), Book())
+
+
+@pytest.mark.parametrize(
+    "text, version, word",
+    [
+        ("10.0.0.0/7", 4, "from /8 to /30"),
+        ("10.0.0.0/31", 4, "from /8 to /30"),
+        ("127.0.0.0/24", 4, "loopback"),
+        ("224.0.0.0/24", 4, "multicast"),
+        ("169.254.0.0/16", 4, "link-local"),
+        ("fe80::/64", 6, "link-local"),
+        ("fd00::/127", 6, "from /48 to /126"),
+        ("fd00::/64", 4, "no IPv4 range"),
+        ("nonsense", 4, "no range"),
+    ],
+)
+def test_impossible_ranges_have_their_sentence(text, version, word):
+    with pytest.raises(Invalid, match=word):
+        server.check_range(text, version)
+
+
+def test_a_range_is_folded_to_its_network():
+    assert server.check_range("10.20.30.7/24", 4) == "10.20.30.0/24"
+
+
+@given(st.lists(st.integers(1, 100), unique=True, max_size=60), st.integers(24, 29), st.integers(24, 29))
+def test_renumbering_keeps_host_numbers_that_fit(hosts, before, after):
+    old, new = "10.1.0.0/%d" % before, "10.2.0.0/%d" % after
+    old_pool, new_pool = server.pool(old), server.pool(new)
+    hosts = [host for host in hosts if host <= old_pool.last]
+    nodes = [{"id": str(host), "ip": old_pool.address(host)} for host in hosts]
+    if len(hosts) > new_pool.last:
+        with pytest.raises(server.Clash):
+            server.renumber(nodes, "ip", old, new)
+        return
+    moved = server.renumber(nodes, "ip", old, new)
+    assert len(set(moved.values())) == len(hosts)
+    for node, address in moved.items():
+        if int(node) <= new_pool.last:
+            assert new_pool.host(address) == int(node)
+
+
+def test_names_get_a_number():
+    assert server.free_name("nas", []) == "nas"
+    assert server.free_name("nas", ["nas", "nas-2"]) == "nas-3"
+    assert len(server.free_name("n" * 62, ["n" * 62])) <= 62
+
+
+def test_extra_routes():
+    assert server.check_routes("192.168.7.1/24, fd01::/64", ["10.0.0.0/8"]) == "192.168.7.0/24,fd01::/64"
+    with pytest.raises(Invalid, match="all traffic"):
+        server.check_routes("0.0.0.0/0", [])
+    with pytest.raises(server.Clash, match="overlaps 10.0.0.0/8"):
+        server.check_routes("10.1.0.0/16", ["10.0.0.0/8"])
