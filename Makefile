@@ -44,6 +44,7 @@ lock:
 	@command -v $(UV) >/dev/null || { echo "make lock needs uv: install it, or name it with UV=/path/to/uv" >&2; exit 1; }
 	$(COMPILE) --extra server setup.cfg requirements/build.in -o requirements/server.txt
 	$(COMPILE) --extra all --constraint requirements/server.txt setup.cfg requirements/test.in -o requirements/test.txt
+	rm -rf *.egg-info
 
 demo:
 	sh shell/quickstart.sh --demo

@@ -733,6 +733,7 @@ class Setting(NamedTuple):
     kind: str = "text"  # text | yesno | number | daemon
     aliases: tuple[str, ...] = ()
     metavar: str = ""
+    bounds: tuple[int, int] = (0, 0)
 
 
 SETTINGS = (
@@ -750,7 +751,7 @@ SETTINGS = (
     ),
     Setting("name", "NETCLIENT_NAME", "name of this node (default: the host name)"),
     Setting("endpoint", "NETCLIENT_ENDPOINT", "public address that others shall use; never replaced", "text", ("e",), "IP"),
-    Setting("port", "NETCLIENT_PORT", "UDP port to listen on; never replaced", "number"),
+    Setting("port", "NETCLIENT_PORT", "UDP port to listen on; never replaced", "number", (), "PORT", (1024, 65535)),
     Setting("address", "NETCLIENT_ADDRESS", "wished overlay address", "text", ("a",), "IP"),
     Setting(
         "address6", "NETCLIENT_ADDRESSIPV6", "wished IPv6 overlay address", "text", ("addressIPv6", "addressipv6", "a6"), "IP"
@@ -761,9 +762,15 @@ SETTINGS = (
     Setting("islocal", "NETCLIENT_IS_LOCAL", "others shall use the local address", "yesno"),
     Setting("dnson", "NETCLIENT_DNS", "set up names (default yes)", "yesno"),
     Setting(
-        "keepalive", "NETCLIENT_KEEPALIVE", "seconds between keepalives, 0 for none (default: the network's)", "number", (), "S"
+        "keepalive",
+        "NETCLIENT_KEEPALIVE",
+        "seconds between keepalives, 0 for none (default: the network's)",
+        "number",
+        (),
+        "S",
+        (0, 1000),
     ),
-    Setting("mtu", "NETCLIENT_MTU", "MTU of the interface (default: the network's)", "number", (), "BYTES"),
+    Setting("mtu", "NETCLIENT_MTU", "MTU of the interface (default: the network's)", "number", (), "BYTES", (576, 9200)),
     Setting("udpholepunch", "NETCLIENT_UDP_HOLEPUNCH", "use the endpoints that other nodes see", "yesno"),
     Setting("ipforwarding", "NETCLIENT_IPFORWARDING", "let this node forward (default yes)", "yesno"),
     Setting("roaming", "NETCLIENT_ROAMING", "follow changes of the own address (default yes)", "yesno"),
@@ -817,19 +824,27 @@ def setting_value(setting: Setting, text: str) -> Any:
         if word not in ("on", "off", "resident"):
             raise UsageError(f"--daemon takes on, off or resident, not {text!r}")
         return word
-    if not text.isdigit():
-        raise UsageError(f"--{setting.name} takes a whole number, not {text!r}")
+    least, most = setting.bounds
+    if not text.isdigit() or not least <= int(text) <= most:
+        raise UsageError(f"--{setting.name} takes a whole number from {least} to {most}, not {text!r}")
     return int(text)
 
 
-class Paths:
-    """Where the agent's files are, below a root that tests and containers may move."""
+MEMBERSHIP = ("wgkey", "nettoken", "secret", "netconfig")  # written in this order: with the last one it exists
 
-    def __init__(self, root: str) -> None:
+
+class Paths:
+    """Where the agent's files are, below a root that tests and containers may move. `stage` is where a join is prepared."""
+
+    def __init__(self, root: str, stage: str = "") -> None:
         self.root = root
         self.home = root + "/etc/netclient"
-        self.config = self.home + "/config"
-        self.run = root + "/var/run/netclient"
+        self.config = self.home + "/config" + stage
+        self.run = root + "/var/run/netclient" + stage
+
+    def staged(self) -> Paths:
+        """The same for a join that the server has not accepted yet: what is there stays until then."""
+        return Paths(self.root, "/joining")
 
     def of(self, kind: str, network: str) -> str:
         """`netconfig`, `wgkey`, `secret`, `nettoken` and `peers` lie on flash, `lock`, `state` and `memory` on tmpfs."""
@@ -1373,6 +1388,11 @@ def cuts_off(actual: Actual, desired: Desired) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def show(line: str, dry: bool) -> None:
+    """A command or file as `[#] …`: on stdout where that is what was asked for, else on stderr."""
+    print("[#] " + line, file=sys.stdout if dry else sys.stderr)
+
+
 class Run:
     """The only place that starts processes: argument lists, never a shell; secrets through standard input.
 
@@ -1418,7 +1438,7 @@ class Run:
         for step in steps:
             if self.echo:
                 shown = step.stdin.rstrip("\n") if not step.secret else "(private key)"
-                print("[#] " + " ".join(step.argv) + (" <<< " + repr(shown) if step.stdin else ""), file=sys.stderr)
+                show(" ".join(step.argv) + (" <<< " + repr(shown) if step.stdin else ""), self.dry)
             if not self.dry:
                 self(*step.argv, stdin=step.stdin, detached=step.detached)
 
@@ -1439,7 +1459,7 @@ class Files:
         if read_text(path) == text and os.path.exists(path):
             return False
         if self.dry:
-            print(f"[#] write {path}", file=sys.stderr)
+            show("write " + path, True)
             return True
         temporary = path + ".tmp"
         try:
@@ -1462,7 +1482,7 @@ class Files:
         """Remove a file that may be gone already."""
         if self.dry:
             if os.path.exists(path):
-                print(f"[#] remove {path}", file=sys.stderr)
+                show("remove " + path, True)
             return
         self._discard(path)
 
@@ -1666,6 +1686,17 @@ class Reply(NamedTuple):
     own: str
 
 
+def why_not(bad: OSError) -> str:
+    """What is behind a failed connection, for a person; to be read after the server's name."""
+    if isinstance(bad, ConnectionRefusedError):
+        return "refuses the connection (is the server running there?)"
+    if isinstance(bad, (TimeoutError, _socket.timeout)):
+        return "does not answer"
+    if isinstance(bad, _socket.gaierror):
+        return "has a name that does not resolve (DNS?)"
+    return "cannot be reached (%s)" % (bad.strerror or bad)
+
+
 class SocketTransport:
     """HTTP on socket and ssl: what every machine has, and enough where no proxy stands between."""
 
@@ -1767,14 +1798,8 @@ class Session:
 
     def _reason(self, server: str, bad: Exception) -> str:
         """Why a server's word does not count, for a person."""
-        if isinstance(bad, ConnectionRefusedError):
-            return "refuses the connection (is the server running there?)"
-        if isinstance(bad, (TimeoutError, _socket.timeout)):
-            return "does not answer"
-        if isinstance(bad, _socket.gaierror):
-            return "has a name that does not resolve (DNS?)"
         if isinstance(bad, OSError):
-            return "cannot be reached (%s)" % (bad.strerror or bad)
+            return why_not(bad)
         try:
             other = fetch_pin(self.transport, server)
         except (OSError, BadAnswer, ValueError):
@@ -1963,7 +1988,7 @@ def lingering(memory: Memory, before: View, after: View, snapshot: bool, now: fl
 
 def forget(context: Context, network: str) -> None:
     """Remove a membership's files: first the one that says it exists."""
-    for kind in ("netconfig", "secret", "wgkey", "nettoken", "peers", "memory", "state"):
+    for kind in (*reversed(MEMBERSHIP), "peers", "memory", "state"):
         context.files.remove(context.paths.of(kind, network))
 
 
@@ -1982,17 +2007,27 @@ class Node:
         self.fresh: set[str] = set()
         self.changes: list[Step] = []
 
+    def move(self, context: Context) -> None:
+        """A prepared join becomes the membership: write its files where they belong, the one that says it exists last."""
+        for kind in MEMBERSHIP:
+            text = self.secret.text() if kind == "secret" else read_text(self.paths.of(kind, self.config.network))
+            self.files.write(context.paths.of(kind, self.config.network), text)
+        forget(self.context, self.config.network)
+        self.context, self.paths = context, context.paths
+
     @classmethod
     def load(cls, context: Context, network: str) -> Node:
         """From disk; NetclientError that says which file is wrong and what to do."""
-        paths = context.paths
+        paths, kind = context.paths, "netconfig"
         try:
-            config = Config.parse(read_text(paths.of("netconfig", network)))
-            secret = Secret.parse(network, read_text(paths.of("secret", network)))
-            private = check_key(read_text(paths.of("wgkey", network)).strip())
+            config = Config.parse(read_text(paths.of(kind, network)))
+            kind = "secret"
+            secret = Secret.parse(network, read_text(paths.of(kind, network)))
+            kind = "wgkey"
+            private = check_key(read_text(paths.of(kind, network)).strip())
         except ValueError as bad:
             raise NetclientError(
-                f"the files of {network} in {paths.config} are damaged or incomplete ({bad}): join again with --force and a fresh token"
+                f"{paths.of(kind, network)} is missing or damaged: join again with --force and a fresh token, or leave -n {network}"
             ) from bad
         return cls(context, config, secret, private)
 
@@ -2340,12 +2375,6 @@ def check_in(context: Context, network: str, afresh: bool = False) -> ExitStatus
 
 def _check_in(node: Node, answer: Answer | None, afresh: bool) -> ExitStatus:
     network, say = node.config.network, node.context.say
-    if node.secret.node == "-":  # a join that was interrupted
-        try:
-            enrol(node)
-        except Refused:
-            node.take_down()
-            raise
     try:
         node.check_in(answer, afresh)
     except Refused as no:
@@ -2356,7 +2385,11 @@ def _check_in(node: Node, answer: Answer | None, afresh: bool) -> ExitStatus:
         if no.code != 404:
             raise
         say(f"{network}: the server does not know this node (restored from an older backup?): joining again")
-        enrol(node)
+        me = node.memory.view.me  # wishing for the addresses that it has
+        enrol(
+            node,
+            {**node.config.wishes, **{wish: me[kind] for wish, kind in (("address", "ip"), ("address6", "ip6")) if me.get(kind)}},
+        )
         node.check_in(None, True)
     if node.memory.view.state == "pending":
         say(f"{network}: waiting for the administrator's approval")
@@ -2367,15 +2400,10 @@ def _check_in(node: Node, answer: Answer | None, afresh: bool) -> ExitStatus:
     return ExitStatus.OK
 
 
-def enrol(node: Node) -> None:
-    """Join with what is on disk: the first time, after an interrupted join, and when a restored server forgot this node."""
+def enrol(node: Node, wishes: Mapping[str, Any]) -> None:
+    """Join at the server: with a prepared membership, and again where a restored server forgot this node."""
     token = parse_stored(read_text(node.paths.of("nettoken", node.config.network)))
     node.read()
-    wishes = dict(node.config.wishes)
-    if node.memory.view.me.get("ip"):
-        wishes["address"] = node.memory.view.me["ip"]
-    if node.memory.view.me.get("ip6"):
-        wishes["address6"] = node.memory.view.me["ip6"]
 
     def proof(nonce: bytes) -> Mapping[str, Any]:
         name, _, secret = token.partition(".")
@@ -2578,13 +2606,9 @@ def cmd_join(context: Context, options: Options) -> ExitStatus:
     held = _locked(context, network)
     try:
         if network in context.paths.networks() and not options.force:
-            node = Node.load(context, network)
-            if node.secret.node != "-":
-                return update(node, options)
-            context.say(f"{network}: going on with the join that was interrupted")
-            return complete(node, fresh=False)
-        node = prepare(context, token, options)
-        return complete(node, fresh=True)
+            return update(Node.load(context, network), options)
+        node = prepare(context._replace(paths=context.paths.staged()), token, options)
+        return tell_plan(node) if context.run.dry else join(context, node)
     finally:
         os.close(held)
 
@@ -2632,8 +2656,10 @@ def trusted_pin(context: Context, token: Token, options: Options) -> bytes:
     server = token.servers[0]
     try:
         pin = fetch_pin(sender, server, verify=server.startswith("https:"))
-    except (OSError, BadAnswer) as bad:
-        raise Unreachable(f"{server}: no netmaker-lite server answers there ({bad})") from bad
+    except OSError as bad:
+        raise Unreachable(f"nothing was changed: {server} {why_not(bad)}") from bad
+    except BadAnswer as bad:
+        raise Unreachable(f"nothing was changed: at {server} {bad}") from bad
     if server.startswith("https:") or options.accept_key:
         return pin
     if sys.stdin.isatty():
@@ -2653,8 +2679,11 @@ def trusted_pin(context: Context, token: Token, options: Options) -> bytes:
 
 
 def prepare(context: Context, token: Token, options: Options) -> Node:
-    """Check all that a join needs, before anything is written; then write the membership's files."""
-    network = token.network
+    """Check all that a join needs; then write the membership's files, beside those of one that may be there.
+
+    A join that was interrupted goes on with the keys that it had, so that it is the same join to the server.
+    """
+    network, paths, files = token.network, context.paths, context.files
     interface = options.interface or "nm-" + network
     if not re.fullmatch(r"[A-Za-z0-9_.-]{1,15}", interface):
         raise UsageError(f"{interface!r} is no interface name: 1 to 15 letters, digits, '_', '.' or '-'")
@@ -2677,28 +2706,23 @@ def prepare(context: Context, token: Token, options: Options) -> Node:
             ipaddress.ip_network(chosen["localrange"])
         except ValueError as bad:
             raise UsageError(f"--localrange: {bad}") from bad
-    private = options.privatekey or new_private()
+    private = options.privatekey or read_text(paths.of("wgkey", network)).strip() or new_private()
     if options.publickey and options.publickey != derived_public(check_key(private)):
         raise UsageError("--publickey does not belong to --privatekey")
     pin = token.pin or trusted_pin(context, token, options)
     values = {**Config.FIELDS, **chosen, "network": network, "servers": list(token.servers), "interface": interface, "port": port}
     config = Config({**values, "fixed": options.port is not None, "wishes": wishes, "daemon": options.daemon or "on"})
-    scalar = os.urandom(KEY_BYTES)
-    secret = Secret(network, "-", "-", public_key(scalar), x25519(scalar, pin), pin)
-    before = Node.load(context, network) if network in context.paths.networks() else None
+    try:
+        secret = Secret.parse(network, read_text(paths.of("secret", network)))
+    except ValueError:
+        secret = None
+    if secret is None or secret.pin != pin:
+        scalar = os.urandom(KEY_BYTES)
+        secret = Secret(network, "-", "-", public_key(scalar), x25519(scalar, pin), pin)
     _prove(context, config, secret)
-    if before is not None:
-        end_membership(before, "leave")
-    else:
-        context.run.apply(context.system.removal(interface))  # only --force comes here with one in the way
-    paths, files = context.paths, context.files
-    # netconfig last: a membership exists with it, and then nothing is missing
-    files.write(paths.of("wgkey", network), private + "\n")
-    files.write(paths.of("nettoken", network), token.key + "\n")
-    files.write(paths.of("secret", network), secret.text())
-    files.write(paths.of("netconfig", network), config.text())
-    for kind in ("memory", "state", "peers"):
-        files.remove(paths.of(kind, network))
+    texts = {"wgkey": private + "\n", "nettoken": token.key + "\n", "secret": secret.text(), "netconfig": config.text()}
+    for kind in MEMBERSHIP:
+        files.write(paths.of(kind, network), texts[kind])
     return Node(context, config, secret, private)
 
 
@@ -2721,41 +2745,56 @@ def _join_port(context: Context, options: Options) -> int:
     return next(port for port in range(51821, 65536) if context.system.port_is_free(port))
 
 
-def complete(node: Node, fresh: bool) -> ExitStatus:
-    """Tell the server, bring the interface up, install the service; undo all of it when the server says no or the machine cannot."""
-    context, network = node.context, node.config.network
-    if context.run.dry:
-        address = "(address from the server)"
-        print(
-            "[#] join {} at {}\n[#] {}".format(
-                network, node.config.servers[0], " ".join(context.system.backend().create(node.config.interface).argv)
-            )
-        )
-        print(f"[#] ip addr add {address} dev {node.config.interface}\n[#] ip link set dev {node.config.interface} up")
-        return ExitStatus.OK
+def tell_plan(node: Node) -> ExitStatus:
+    """What a dry run of a join can know: all but what the server would answer."""
+    interface = node.config.interface
+    wanted = Desired(interface, node.private, node.config.port, 1280, frozenset(["192.0.2.0/24"]), frozenset(), {})
+    steps = plan(Actual(), wanted, node.context.system.backend().create(interface))
+    show("join %s at %s" % (node.config.network, node.config.servers[0]), True)
+    for step in steps:
+        show(" ".join(step.argv).replace("192.0.2.0/24", "(the address that the server gives)"), True)
+    return ExitStatus.OK
+
+
+def join(context: Context, node: Node) -> ExitStatus:
+    """Tell the server; then replace what was there, bring the interface up and install the service.
+
+    What the server refuses, or the machine cannot do, is undone; what was there before stays until the server has accepted.
+    """
+    network, joined = node.config.network, context.paths.networks()
     try:
-        enrol(node)
-        node.check_in()
+        # where a membership is replaced, its name and addresses are free only after it has ended
+        enrol(node, {} if network in joined else node.config.wishes)
     except (Unreachable, BadAnswer) as bad:
-        # it may have heard us: the files stay, and the next try is the same join to the server, not a second one
         raise Unreachable(
-            f"the server stopped answering during the join ({bad}): run the same command again, it goes on where it was"
+            f"the server stopped answering during the join ({bad}): run the same command again, it goes on"
         ) from bad
     except NetclientError:
-        if fresh:
-            end_membership(node, "leave")
+        forget(node.context, network)
+        raise
+    if network in joined:
+        end_membership(Node.load(context, network), "leave")
+    context.run.apply(context.system.removal(node.config.interface))
+    forget(context, network)
+    node.move(context)
+    try:
+        node.check_in()
+    except (Unreachable, BadAnswer) as bad:
+        raise Unreachable(f"{network}: joined, but the server stopped answering ({bad}): the next check-in goes on") from bad
+    except NetclientError:
+        end_membership(node, "leave")
         raise
     node.finish()
     install_service(context, node.config.daemon)
     nudge_daemon(context)
-    me, name = node.memory.view.me, node.config.network
+    me = node.memory.view.me
     if node.memory.view.state == "pending":
         print(
-            f"{name}: asked to join; waiting for the administrator's approval (netmaker-lite node approve {name} {node.secret.node})"
+            f"{network}: asked to join; an administrator has to approve it (netmaker-lite node approve {network} {node.secret.node})"
         )
     else:
         where = " and ".join(me[kind] for kind in ("ip", "ip6") if me.get(kind))
-        print("%s: joined as %s with %s on %s, port %d" % (name, me["name"], where, node.config.interface, node.config.port))
+        print(f"{network}: joined as {me['name']} with {where} on {node.config.interface}, port {node.config.port}")
     return ExitStatus.OK
 
 

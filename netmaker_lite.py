@@ -123,31 +123,69 @@ log = logging.getLogger("netmaker-lite")
 # --------------------------------------------------------------------------------------------------
 
 
+def whole(low: int, high: int) -> Callable[[str], int]:
+    """A check of texts: a whole number from one to another."""
+
+    def checked(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,18}", text) or not low <= int(text) <= high:
+            raise Invalid("%r is no whole number from %d to %d" % (text, low, high))
+        return int(text)
+
+    return checked
+
+
+def one_of(*names: str) -> Callable[[str], str]:
+    def checked(text: str) -> str:
+        if text not in names:
+            raise Invalid("%r is not supported here: there is %s" % (text, ", ".join(names)))
+        return text
+
+    return checked
+
+
+def check_proxies(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    try:
+        return tuple(ipaddress.ip_network(word, strict=False) for word in text.replace(",", " ").split())
+    except ValueError as bad:
+        raise Invalid(str(bad)) from bad
+
+
+def check_urls(text: str) -> tuple[str, ...]:
+    """Server addresses for tokens: URLs, or HOST:PORT."""
+    words = text.replace(",", " ").split()
+    urls = tuple((word if "://" in word else "http://" + word).rstrip("/") for word in words)
+    try:
+        return tuple(url for url in urls if agent.split_url(url))
+    except ValueError as bad:
+        raise Invalid(str(bad)) from bad
+
+
 class Setting(NamedTuple):
-    """One setting: its name in environment and file, its default, what it does, its flag if any."""
+    """One setting: its name in environment and file, its default, what it does, how it is read."""
 
     name: str
     default: str
     help: str
-    flag: str = ""
+    check: Callable[[str], Any] = str
 
 
 SETTINGS = (
-    Setting("NETMAKER_DATA", "/var/lib/netmaker-lite", "the data folder", "--data"),
-    Setting("SERVER_BIND", "0.0.0.0", "address to listen on; :: for IPv6 and IPv4", "--host"),  # noqa: S104
-    Setting("API_PORT", "8081", "port to listen on", "--port"),
+    Setting("NETMAKER_DATA", "/var/lib/netmaker-lite", "the data folder"),
+    Setting("SERVER_BIND", "0.0.0.0", "address to listen on; :: for IPv6 and IPv4"),  # noqa: S104
+    Setting("API_PORT", "8081", "port to listen on", whole(1, 65535)),
     Setting("SERVER_HOST", "", "name or address that tokens carry (default: the default route's)"),
-    Setting("SERVER_API_CONN_STRING", "", "HOST:PORT or URL for tokens, comma-separated, instead"),
-    Setting("SERVER_BACKEND", "waitress", "waitress, gevent or wsgiref"),
+    Setting("SERVER_API_CONN_STRING", "", "HOST:PORT or URL for tokens instead, comma-separated", check_urls),
+    Setting("SERVER_BACKEND", "waitress", "waitress, gevent or wsgiref", one_of("waitress", "gevent", "wsgiref")),
     Setting("SERVER_KEY_FILE", "", "the server's key (default: server.key in the data folder)"),
-    Setting("DATABASE", "sqlite", "sqlite"),
-    Setting("CHECKIN_INTERVAL", "15", "seconds between two check-ins of an agent"),
-    Setting("DEFAULT_NODE_LIMIT", "999999999", "nodes that a new network may have"),
-    Setting("TRUSTED_PROXIES", "", "addresses or ranges whose X-Forwarded-For is believed"),
-    Setting("POLL_LIMIT", "64", "long-polls held at once"),
-    Setting("VERBOSITY", "1", "0 errors, 1 warnings and events, 2 requests, 3 everything"),
+    Setting("DATABASE", "sqlite", "where the data are kept: sqlite", one_of("sqlite")),
+    Setting("CHECKIN_INTERVAL", "15", "seconds between two check-ins of an agent", whole(2, 100000)),
+    Setting("DEFAULT_NODE_LIMIT", "999999999", "nodes that a new network may have", whole(0, 1 << 53)),
+    Setting("TRUSTED_PROXIES", "", "addresses or ranges whose X-Forwarded-For is believed", check_proxies),
+    Setting("POLL_LIMIT", "64", "long-polls held at once", whole(1, 100000)),
+    Setting("VERBOSITY", "1", "0 errors, 1 warnings, 2 events, 3 everything", whole(0, 3)),
 )
 SETTINGS_FILE = "netmaker.env"
+FLAGS = {"data": "NETMAKER_DATA", "host": "SERVER_BIND", "port": "API_PORT"}  # of the command line
 
 
 def read_settings_file(path: str) -> dict[str, str]:
@@ -155,62 +193,35 @@ def read_settings_file(path: str) -> dict[str, str]:
     try:
         with open(path, encoding="utf-8") as stream:
             lines = [line.strip() for line in stream]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
+    except OSError as problem:
+        raise Invalid("cannot read %s: %s" % (path, problem.strerror)) from problem
     pairs = (line.partition("=") for line in lines if line and not line.startswith("#"))
     return {name.replace("export ", "").strip(): value.strip().strip("'\"") for name, _, value in pairs}
 
 
 class Settings:
-    """What holds for this process: flag over environment over file over default."""
+    """What holds for this process: flag over environment over file over default, all of it checked."""
 
     def __init__(self, flags: Mapping[str, str], environment: Mapping[str, str]) -> None:
-        known = {setting.name: setting.default for setting in SETTINGS}
-        self.values: dict[str, str] = dict(known)
-        given = {name: value for name, value in {**environment, **flags}.items() if name in known}
-        self.values.update(given)
-        file = read_settings_file(os.path.join(self.data, SETTINGS_FILE))
-        self.values.update({name: value for name, value in file.items() if name in known})
-        self.values.update(given)
-        if self.values["DATABASE"] != "sqlite":
-            raise Invalid(
-                "DATABASE=%s is not supported by this version, which keeps its data in SQLite: "
-                "set DATABASE=sqlite" % self.values["DATABASE"]
-            )
+        given = {**environment, **flags}
+        self.data = given.get("NETMAKER_DATA") or SETTINGS[0].default
+        found = {**read_settings_file(os.path.join(self.data, SETTINGS_FILE)), **given, "NETMAKER_DATA": self.data}
+        self._values: dict[str, Any] = {}
+        for setting in SETTINGS:
+            text = found.get(setting.name, setting.default)
+            try:
+                self._values[setting.name] = setting.check(text)
+            except Invalid as bad:
+                raise Invalid("%s=%s: %s" % (setting.name, text, bad)) from bad
 
-    def number(self, name: str, low: int, high: int) -> int:
-        text = self.values[name]
-        if not text.isdigit() or not low <= int(text) <= high:
-            raise Invalid("%s=%s is no whole number from %d to %d" % (name, text, low, high))
-        return int(text)
-
-    @property
-    def data(self) -> str:
-        return self.values["NETMAKER_DATA"]
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
 
     @property
     def key_file(self) -> str:
-        return self.values["SERVER_KEY_FILE"] or os.path.join(self.data, "server.key")
-
-    @property
-    def port(self) -> int:
-        return self.number("API_PORT", 1, 65535)
-
-    @property
-    def interval(self) -> int:
-        return self.number("CHECKIN_INTERVAL", 2, 100000)
-
-    @property
-    def poll_limit(self) -> int:
-        return self.number("POLL_LIMIT", 1, 100000)
-
-    @property
-    def trusted(self) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
-        try:
-            words = self.values["TRUSTED_PROXIES"].replace(",", " ").split()
-            return tuple(ipaddress.ip_network(word, strict=False) for word in words)
-        except ValueError as bad:
-            raise Invalid("TRUSTED_PROXIES: %s" % bad) from bad
+        return self["SERVER_KEY_FILE"] or os.path.join(self.data, "server.key")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -501,16 +512,6 @@ def check_lifetime(text: str) -> int:
     if not found or int(found[1]) == 0:
         raise Invalid("%r is no time: a number and s, m, h, d or w, like 24h" % text)
     return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[found[2]]
-
-
-def server_url(text: str) -> str:
-    """A server address for tokens: a URL, or HOST:PORT."""
-    url = text if "://" in text else "http://" + text
-    try:
-        agent.split_url(url)
-    except ValueError as bad:
-        raise Invalid("%s, as SERVER_API_CONN_STRING has it" % bad) from bad
-    return url.rstrip("/")
 
 
 def join_command(token: str) -> str:
@@ -1555,8 +1556,7 @@ def add_network(core: Core, name: str, values: Row) -> Row:
     new.update(counter=1, settings=1, created=core.now, modified=core.now, nodes_modified=core.now)
     new["display"] = new["display"] or new["id"]
     new["interface"] = new["interface"] or "nm-" + new["id"]
-    limit = core.settings.number("DEFAULT_NODE_LIMIT", 0, 1 << 53)
-    new["node_limit"] = values.get("node_limit", limit)
+    new["node_limit"] = values.get("node_limit", core.settings["DEFAULT_NODE_LIMIT"])
 
     def build() -> Batch:
         if core.store.row("SELECT 1 FROM network WHERE id = ?", (new["id"],)):
@@ -1686,10 +1686,9 @@ def server_urls(core: Core) -> tuple[str, ...]:
 
 
 def own_urls(settings: Settings) -> tuple[str, ...]:
-    given = settings.values["SERVER_API_CONN_STRING"].replace(",", " ").split()
-    host = settings.values["SERVER_HOST"] or default_address()
-    place = "[%s]" % host if ":" in host else host
-    return tuple(map(server_url, given or ["%s:%d" % (place, settings.port)]))
+    host = settings["SERVER_HOST"] or default_address()
+    given: tuple[str, ...] = settings["SERVER_API_CONN_STRING"]
+    return given or ("http://" + endpoint(host, settings["API_PORT"]),)
 
 
 def default_address() -> str:
@@ -2525,7 +2524,7 @@ class Sight:
     """What others may reach of an address that a request came from."""
 
     def __init__(self, settings: Settings) -> None:
-        self.host = settings.values["SERVER_HOST"]
+        self.host = settings["SERVER_HOST"]
         self._known: dict[str, str] = {}
         self._warned = False
 
@@ -2630,9 +2629,9 @@ class Agents:
     def __init__(self, core: Core, sight: Sight) -> None:
         self.core, self.sight = core, sight
         self.members = Members(core.store)
-        self.bell = Bell(core.settings.poll_limit)
+        self.bell = Bell(core.settings["POLL_LIMIT"])
         self.failures = Failures(20, 20 / 60)
-        self.interval = core.settings.interval
+        self.interval = core.settings["CHECKIN_INTERVAL"]
         self.due: set[str] = set()  # nodes whose observed endpoint may move when its minute is over
         self._lock = threading.Lock()
         core.store.committed = self.bell.ring
@@ -3020,15 +3019,6 @@ def yes_no(text_: str) -> bool:
     return text_.lower() in ("yes", "on", "true")
 
 
-def whole(low: int, high: int) -> Callable[[str], int]:
-    def checked(text_: str) -> int:
-        if not re.fullmatch("[0-9]{1,18}", text_) or not low <= int(text_) <= high:
-            raise Invalid("%r is no whole number from %d to %d" % (text_, low, high))
-        return int(text_)
-
-    return checked
-
-
 def or_nothing(check_value: Callable[[str], Any], nothing: Any) -> Callable[[str], Any]:
     """The same check, where the empty text means the network's value, or none."""
     return lambda text_: check_value(text_) if text_ else nothing
@@ -3175,7 +3165,7 @@ def view(row: Row, fields: Sequence[Field]) -> Row:
 
 
 def view_network(row: Row, settings: Settings) -> Row:
-    return view({**row, "interval": row["interval"] or settings.interval}, NETWORK_FIELDS)
+    return view({**row, "interval": row["interval"] or settings["CHECKIN_INTERVAL"]}, NETWORK_FIELDS)
 
 
 def view_node(row: Row, network: Row) -> Row:
@@ -3263,7 +3253,7 @@ class Web:
 
     def __init__(self, agents: Agents) -> None:
         self.agents = agents
-        self.trusted = agents.core.settings.trusted
+        self.trusted = agents.core.settings["TRUSTED_PROXIES"]
         self._sources: dict[str, str] = {}
 
     # ---- border
@@ -3486,9 +3476,7 @@ BACKENDS = {"waitress": run_waitress, "gevent": run_gevent, "wsgiref": run_wsgir
 
 def backend(settings: Settings) -> Callable[[Any, socket.socket, int], None]:
     """The web server to run on: the one that is asked for, or what there is instead, with a word."""
-    name = settings.values["SERVER_BACKEND"]
-    if name not in BACKENDS:
-        raise Invalid("SERVER_BACKEND=%s: there are %s" % (name, ", ".join(BACKENDS)))
+    name = settings["SERVER_BACKEND"]
     if name == "gevent" and "gevent.monkey" not in sys.modules:
         os.environ["SERVER_BACKEND"] = name  # see IMPORTS: it has to be known before they are made
         os.execv(sys.executable, [sys.executable, os.path.abspath(__file__), *sys.argv[1:]])  # noqa: S606
@@ -3561,7 +3549,7 @@ def serve(settings: Settings, out: Callable[[str], None]) -> None:
     run = backend(settings)
     os.makedirs(settings.data, mode=0o700, exist_ok=True)
     held = lock_folder(settings.data)
-    sock = listener(settings.values["SERVER_BIND"], settings.port)
+    sock = listener(settings["SERVER_BIND"], settings["API_PORT"])
     core = open_core(settings)
     core.store.set_meta("urls", " ".join(own_urls(settings)))
     agents = Agents(core, Sight(settings))
@@ -3572,7 +3560,7 @@ def serve(settings: Settings, out: Callable[[str], None]) -> None:
     out("its key (pin): %s" % b64(core.key.pin))
     keeper.start()
     try:
-        run(make_app(agents), sock, settings.poll_limit)
+        run(make_app(agents), sock, settings["POLL_LIMIT"])
     except (KeyboardInterrupt, SystemExit):
         pass
     finally:
@@ -3821,7 +3809,10 @@ COMMANDS = (
     Command(
         "serve",
         "run the server",
-        tuple(arg(each.flag, metavar="X", help=each.help) for each in SETTINGS if each.flag in ("--host", "--port")),
+        (
+            arg("--host", metavar="ADDRESS", help="address to listen on (0.0.0.0)"),
+            arg("--port", metavar="N", help="port to listen on (8081)"),
+        ),
         cmd_serve,
         False,
     ),
@@ -3935,12 +3926,11 @@ def show(printed: Printed, as_json: bool) -> None:
 def run(args: Arguments, environment: Mapping[str, str]) -> int:
     """One command; its exit status."""
     command: Command = args.command
-    flags = {"NETMAKER_DATA": args.data, "SERVER_BIND": getattr(args, "host", None)}
-    if command.run is cmd_serve:
-        flags["API_PORT"] = args.port
-    settings = Settings({name: value for name, value in flags.items() if value}, environment)
-    levels = (logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG)
-    logging.basicConfig(level=levels[settings.number("VERBOSITY", 0, 3)], format="%(message)s")
+    given = FLAGS if command.run is cmd_serve else {"data": FLAGS["data"]}
+    flags = {name: getattr(args, flag) for flag, name in given.items() if getattr(args, flag)}
+    settings = Settings(flags, environment)
+    level = (logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG)[settings["VERBOSITY"]]
+    logging.basicConfig(level=level, format="%(message)s")
     as_owner(settings.data)
     core = open_core(settings) if command.on_data else None
     try:

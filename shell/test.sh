@@ -160,12 +160,12 @@ give_back() { # files made as root belong to whom the checkout belongs
 # --- the steps -------------------------------------------------------------------------------------------------------
 
 step_venv() {
-	:
+	check "$NM_TEST_VENV" "$NM_TEST_VENV/bin/python" -m pip check --quiet --disable-pip-version-check
 }
 
 step_lint() {
 	check "ruff check" "$NM_TEST_VENV/bin/ruff" check .
-	check "ruff format" "$NM_TEST_VENV/bin/ruff" format --check .
+	check "ruff format" "$NM_TEST_VENV/bin/ruff" format --check --output-format concise .
 }
 
 step_types() {

@@ -40,17 +40,25 @@ def make_core(folder: str, clock: Clock | None = None, **environment: str) -> se
     return core
 
 
+class Sight(server.Sight):
+    """Which addresses are this host's own must not depend on what else runs on it."""
+
+    @staticmethod
+    def _own(source: str) -> bool:
+        return source.startswith("127.")
+
+
 class Server:
     """The real server over HTTP on a free loopback port; what `serve` runs, without its process."""
 
     def __init__(self, folder: str, clock: Clock | None = None, **environment: str) -> None:
         self.folder = folder
         self.core = make_core(folder, clock, **environment)
-        self.agents = server.Agents(self.core, server.Sight(self.core.settings))
+        self.agents = server.Agents(self.core, Sight(self.core.settings))
         self.app = server.make_app(self.agents)
         sock = server.listener("127.0.0.1", 0)
         self.port = int(sock.getsockname()[1])
-        polls = self.core.settings.poll_limit
+        polls = self.core.settings["POLL_LIMIT"]
         self._server = server.waitress_server(self.app, sock, polls)
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()

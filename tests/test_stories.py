@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 import time
 from typing import Iterator
@@ -312,3 +313,43 @@ def test_no_answer_but_the_servers_changes_anything(sites: Sites) -> None:
     assert done.returncode == 1
     assert "another key" in done.stderr
     assert left.snapshot() == before
+
+
+def test_a_nat_that_moves_ports_is_punched_by_what_others_see(mesh: Mesh) -> None:
+    """The server can only guess the port; the public node sees the real one, and its report reaches the others."""
+    lab = mesh.lab
+    moving = lab.router("moving", "203.0.113.21")
+    rule = "oifname wan udp sport 51821 snat to 203.0.113.21:40007"
+    moving.run("nft", "insert", "rule", "ip", "home", "postrouting", *rule.split())
+    hub = mesh.join(mesh.host)
+    left = mesh.join(lab.site("left", moving))
+    right = mesh.join(lab.site("right", lab.router("home2", "203.0.113.22", lan="192.168.100.0/24")))
+    mesh.settle([hub, left, right])
+    whole([hub, left, right])
+    peer = next(peer for peer in right.status["peers"] if peer["name"] == "left")
+    assert peer["endpoint"] == "203.0.113.21:40007"
+
+
+def test_a_settled_checkin_writes_nothing_to_disk_and_changes_nothing(sites: Sites) -> None:
+    """A hundred unchanged check-ins: no file below /etc is touched, no `wg` or `ip` is started, the server writes no revision."""
+    host = sites.left.host
+    calm(sites.left)
+    word = sites.left.status["revision"]
+    for tool in ("wg", "ip"):
+        host.write(f"/usr/local/sbin/{tool}", f'#!/bin/sh\necho "$*" >>/root/calls\nexec /usr/bin/env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin {tool} "$@"\n')
+        host.run("chmod", "755", f"/usr/local/sbin/{tool}")
+    host.run("touch", "/root/before")
+    script = "import subprocess, sys\nfor _ in range(100): subprocess.run(['/etc/netclient/netclient', 'checkin', '-n', 'all'], check=True)"
+    done = host.run(sites.mesh.lab.python, "-c", script)
+    assert done.stdout + done.stderr == ""
+    assert host.run("find", "/etc", "/var/lib", "-newer", "/root/before", "-type", "f").stdout == ""
+    assert host.run("cat", "/root/calls", check=False).stdout == ""
+    assert sites.left.status["revision"] == word
+
+
+def calm(member: Member) -> None:
+    """Let the time pass in which a node looks at its machine at every check-in: the agent's memory is on its tmpfs."""
+    path = "/var/run/netclient/demo.memory"
+    memory = json.loads(member.host.read(path))
+    member.host.write(path, json.dumps({**memory, "unsettled": 0}))
+    member.checkin()

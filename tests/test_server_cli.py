@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The administrator's commands, their sentences and exit statuses, and a real `serve`."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import netmaker_lite as server
+import pytest
+from netclient_lite import parse_token
+from serverkit import Client
+
+PROGRAM = Path(__file__).resolve().parent.parent / "netmaker_lite.py"
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Run a command in this process: (status, what it printed, what it complained of)."""
+
+    def command(words, **environment):
+        values = {"NETMAKER_DATA": str(tmp_path / "data"), "SERVER_HOST": "203.0.113.10", **environment}
+        try:
+            status = server.main(words.split() if isinstance(words, str) else words, values)
+        except SystemExit as end:  # argparse
+            status = end.code
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return command
+
+
+@pytest.fixture
+def done(run):
+    """Run a command that works; the object of --json."""
+
+    def command(words):
+        status, out, err = run(words + " --json")
+        assert status == 0, err
+        return json.loads(out)
+
+    return command
+
+
+def test_networks(run, done):
+    made = done("network add Home --range 10.1.2.3/24 --range6 fd01::/64 --mtu 1400 --hole-punch no")
+    assert made["netid"] == "home" and made["addressrange"] == "10.1.2.0/24"
+    assert (made["isdualstack"], made["defaultudpholepunch"], made["defaultmtu"]) == ("yes", "no", 1400)
+    assert made["defaultinterface"] == "nm-home" and made["checkininterval"] == 15
+    assert done("network show home") == done("network list")[0] == made
+    changed = done("network set home defaultkeepalive=25 manual-signup=yes checkininterval=30")
+    assert (changed["defaultkeepalive"], changed["allowmanualsignup"], changed["checkininterval"]) == (25, "yes", 30)
+    assert "10.1.2.0/24" in run("network list")[1]
+    assert run("network remove home") == (0, "network home removed\n", "")
+    assert done("network list") == []
+
+
+def test_keys(run, done):
+    done("network add home --range 10.1.2.0/24")
+    made = done("key add home --name front --uses 3 --expires 24h")
+    token = parse_token(made["accessstring"])
+    assert token.key == made["value"] and token.servers == ("http://203.0.113.10:8081",)
+    assert made["join"] == "netclient_lite.py join -t " + made["accessstring"]
+    listed = done("key list home")
+    assert listed[0]["name"] == "front" and listed[0]["uses"] == 3
+    assert "accessstring" not in listed[0] and "value" not in listed[0]
+    printed = run("key add home --uses unlimited")[1]
+    assert "netclient_lite.py join -t " in printed and "shown once" in printed
+    assert "unlimited" in run("key list home")[1]
+    assert run("key remove home front")[0] == 0
+    assert len(done("key list home")) == 1
+
+
+@pytest.fixture
+def node(home, done, monkeypatch, tmp_path):
+    """A node of a running server, and the command line beside it."""
+    monkeypatch.setattr(server.time, "time", home.core.clock)
+    client = Client(home).join(home.key())
+    client.exchange({"facts": {"os": "OpenWrt"}})
+    return client
+
+
+def test_nodes(node, run, done):
+    listed = done("node list default")
+    assert [each["name"] for each in listed] == ["node"]
+    found = done("node show default node")
+    assert found["id"] == node.node and found["address"] == "10.20.30.1" and found["os"] == "OpenWrt"
+    assert (found["status"], found["ispending"], found["endpoint"]) == ("healthy", "no", node.source)
+    assert (found["persistentkeepalive"], found["mtu"], found["interface"]) == (20, 1280, "nm-default")
+    words = "name=Front address=10.20.30.9 listenport=40000 keepalive=0 allowedips=192.168.7.0/24 expires=7d"
+    changed = done("node set default %s %s" % (node.node, words))
+    assert (changed["name"], changed["address"], changed["listenport"]) == ("front", "10.20.30.9", 40000)
+    assert (changed["isstatic"], changed["allowedips"]) == ("yes", ["192.168.7.0/24"])
+    node.exchange()
+    record = node.peers[node.node]
+    assert (record["ip"], record["ips"], node.me["port"]) == ("10.20.30.9", ["192.168.7.0/24"], 40000)
+    assert done("node set default front endpoint=198.51.100.9:4000")["endpoint"] == "198.51.100.9:4000"
+    assert done("node set default front isstatic=no")["isstatic"] == "no"
+    assert "front" in run("node list default")[1]
+    for verb in ("disable", "enable", "remove"):
+        assert done("node %s default front" % verb)["name"] == "front"
+    assert done("node list default") == []
+
+
+def test_approve_and_reject(home, run, done):
+    done("network set default allowmanualsignup=yes")
+    one, two = Client(home, source="192.0.2.71").join(), Client(home, source="192.0.2.72").join()
+    assert done("node show default %s" % one.name)["ispending"] == "yes"
+    assert done("node approve default %s" % one.name)["address"] == "10.20.30.1"
+    assert run("node reject default %s" % two.name)[1] == "node %s rejected\n" % two.name
+    status, _, err = run("node reject default %s" % one.name)
+    assert status == 1 and "not pending" in err
+
+
+@pytest.mark.parametrize(
+    "words, status, sentence",
+    [
+        ("network add all --range 10.1.0.0/24", 2, "every network"),
+        ("network add a/b --range 10.1.0.0/24", 2, "no network name"),
+        ("network add x", 2, "needs a range"),
+        ("network add x --range 10.1.0.0/33", 2, "no range"),
+        ("network add x --range fd00::/64", 2, "no IPv4 range"),
+        ("network add x --range 10.1.0.0/24 --port 80", 2, "from 1024 to 65535"),
+        ("network add x --range 10.1.0.0/24 --hole-punch perhaps", 2, "neither yes nor no"),
+        ("network add x --range 10.20.30.0/25", 1, "overlaps"),
+        ("network add default --range 10.9.0.0/24", 1, "already"),
+        ("network show nowhere", 1, "no network nowhere"),
+        ("network set default colour=red", 2, "cannot be set"),
+        ("network set default netid=x", 2, "cannot be set"),
+        ("network frobnicate", 2, "invalid choice"),
+        ("key add nowhere", 1, "no network"),
+        ("key add default --uses 0", 2, "whole number"),
+        ("key add default --expires soon", 2, "like 24h"),
+        ("key add default --name a/b", 2, "no name for a key"),
+        ("key remove default nothing", 1, "no key nothing"),
+        ("node show default nobody", 1, "no node nobody"),
+        ("restore /nowhere/file", 2, "cannot read"),
+        ("backup /nowhere/file", 1, "cannot write"),
+        ("", 2, "required"),
+    ],
+)
+def test_errors_are_one_sentence(run, done, words, status, sentence):
+    done("network add default --range 10.20.30.0/24")
+    before = (done("network list"), done("key list default"))
+    found, out, err = run(words)
+    assert (found, out) == (status, "") and sentence in err
+    assert "Traceback" not in err
+    if "usage" not in err:
+        assert err.startswith("netmaker-lite: ") and err.count("\n") == 1
+    assert (done("network list"), done("key list default")) == before
+
+
+@pytest.mark.parametrize(
+    "environment, sentence",
+    [
+        ({"API_PORT": "http"}, "API_PORT=http"),
+        ({"CHECKIN_INTERVAL": "0"}, "CHECKIN_INTERVAL=0"),
+        ({"DATABASE": "rqlite"}, "not supported here"),
+        ({"SERVER_BACKEND": "apache"}, "there is waitress, gevent, wsgiref"),
+        ({"TRUSTED_PROXIES": "nonsense"}, "TRUSTED_PROXIES"),
+        ({"SERVER_API_CONN_STRING": "ftp://x"}, "SERVER_API_CONN_STRING"),
+        ({"VERBOSITY": "9"}, "VERBOSITY=9"),
+    ],
+)
+def test_settings_that_cannot_be(run, environment, sentence):
+    status, _, err = run("serve", **environment)
+    assert status == 2 and sentence in err
+
+
+def test_settings_come_from_flag_environment_file_default(tmp_path):
+    (tmp_path / "netmaker.env").write_text("# mine\nAPI_PORT=1111\nexport SERVER_HOST='file'\nPOLL_LIMIT=7\n")
+    place = {"NETMAKER_DATA": str(tmp_path)}
+    found = server.Settings({"API_PORT": "3333"}, {**place, "API_PORT": "2222", "SERVER_HOST": "environment"})
+    names = ("API_PORT", "SERVER_HOST", "POLL_LIMIT", "CHECKIN_INTERVAL")
+    assert [found[name] for name in names] == [3333, "environment", 7, 15]
+
+
+def test_an_unusable_data_folder_has_its_sentence(run, tmp_path):
+    (tmp_path / "file").write_text("x")
+    status, _, err = run("network list", NETMAKER_DATA=str(tmp_path / "file" / "data"))
+    assert status == 1 and "cannot use the data folder" in err and err.count("\n") == 1
+    (tmp_path / "netmaker.db").write_bytes(b"x" * 8192)
+    status, _, err = run("network list", NETMAKER_DATA=str(tmp_path))
+    assert status == 1 and "cannot use the data folder" in err
+
+
+def test_backup_restore_check_version(run, done, tmp_path):
+    done("network add home --range 10.1.2.0/24")
+    assert done("backup %s --with-key" % (tmp_path / "copy"))["with_key"] == "yes"
+    done("network add other --range 10.2.2.0/24")
+    assert done("restore %s" % (tmp_path / "copy")) == {"nodes": 0, "back": []}
+    assert [each["netid"] for each in done("network list")] == ["home"]
+    assert done("check") == {"findings": []}
+    assert done("version") == {"version": server.__version__}
+    core = server.open_core(server.Settings({}, {"NETMAKER_DATA": str(tmp_path / "data")}))
+    core.store.writer.execute_sql("UPDATE network SET members = 7")
+    core.store.close()
+    status, out, _ = run("check")
+    assert status == 1 and "wrong count of nodes" in out
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def started(folder, port, *more, **environment):
+    """A real server process that answers."""
+    values = {**os.environ, "NETMAKER_DATA": str(folder), "SERVER_HOST": "203.0.113.10", **environment}
+    command = [sys.executable, str(PROGRAM), "serve", "--host", "127.0.0.1", "--port", str(port), *more]
+    process = subprocess.Popen(command, env=values, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    end = time.monotonic() + 20
+    while time.monotonic() < end and process.poll() is None:
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return process
+        except OSError:
+            time.sleep(0.02)
+    raise AssertionError(process.communicate(timeout=10))
+
+
+class Place:
+    """What a Client needs of a server that runs elsewhere."""
+
+    def __init__(self, port, core):
+        self.port, self.core, self.pin = port, core, core.key.pin
+
+    def post(self, path, line, body, source=""):
+        request = server.agent.post("127.0.0.1", self.port, "", path, line, body)
+        return server.agent.http("127.0.0.1", self.port, False, request)[:3]
+
+
+@pytest.mark.parametrize("backend", ["waitress", "wsgiref", "gevent"])
+def test_serve(tmp_path, run, done, backend):
+    if backend == "gevent":
+        pytest.importorskip("gevent")
+    done("network add default --range 10.20.30.0/24")
+    port = free_port()
+    process = started(tmp_path / "data", port, SERVER_BACKEND=backend)
+    try:
+        made = done("key add default")
+        assert parse_token(made["accessstring"]).servers == ("http://203.0.113.10:%d" % port,)
+        core = server.open_core(server.Settings({}, {"NETMAKER_DATA": str(tmp_path / "data")}))
+        client = Client(Place(port, core), source="").join(made["value"])
+        assert client.exchange().status == 200 and client.exchange().status == 204
+        assert client.peers[client.node]["seen"] == "203.0.113.10:51821"  # on the server's own host
+        core.store.close()
+        status, _, err = run("restore %s" % (tmp_path / "x"))
+        assert status == 1 and "stop it first" in err
+    finally:
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == 0, err
+    assert "listening on 127.0.0.1:%d" % port in out
+    assert server.b64(core.key.pin) in out
+    assert "Traceback" not in err
+    core = server.open_core(server.Settings({}, {"NETMAKER_DATA": str(tmp_path / "data")}))
+    assert server.nodes(core, "default")[0]["last_seen"] > 0
+    core.store.close()
+
+
+def test_a_port_in_use_has_its_sentence(tmp_path, run):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        status, _, err = run("serve --host 127.0.0.1 --port %d" % taken.getsockname()[1])
+    assert status == 1 and "cannot listen on 127.0.0.1" in err and "running already" in err
+    assert err.count("\n") == 1
+
+
+def test_a_missing_package_is_named():
+    code = "import sys; sys.modules['bottle'] = None; import netmaker_lite"
+    found = subprocess.run([sys.executable, "-c", code], cwd=PROGRAM.parent, capture_output=True, text=True)
+    assert found.returncode == 1 and "pip install bottle" in found.stderr and "Traceback" not in found.stderr
+
+
+def test_help_of_every_command(run):
+    for command in server.COMMANDS:
+        status, out, _ = run(command.words + " --help")
+        assert status == 0 and command.help in " ".join(out.split())
+
+
+def test_this_hosts_own_addresses():
+    assert server.Sight._own("127.0.0.1") and server.Sight._own(server.default_address())
+    assert not server.Sight._own("192.0.2.213")
