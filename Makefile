@@ -24,7 +24,7 @@ shell:
 docs:
 	$(TEST) tests -- -k "docs or readme"
 
-# Wheel and sdist, the same bytes for the same commit.
+# Wheel and sdist; the wheel is the same bytes for the same commit.
 package: $(VENV)
 	rm -rf build dist
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(VENV)/bin/python -m build --no-isolation --outdir dist .

@@ -839,12 +839,12 @@ class Paths:
     def __init__(self, root: str, stage: str = "") -> None:
         self.root = root
         self.home = root + "/etc/netclient"
-        self.config = self.home + "/config" + stage
-        self.run = root + "/var/run/netclient" + stage
+        self.config = self.home + "/" + (stage or "config")
+        self.run = root + "/var/run/netclient" + ("/" + stage if stage else "")
 
     def staged(self) -> Paths:
         """The same for a join that the server has not accepted yet: what is there stays until then."""
-        return Paths(self.root, "/joining")
+        return Paths(self.root, "joining")
 
     def of(self, kind: str, network: str) -> str:
         """`netconfig`, `wgkey`, `secret`, `nettoken` and `peers` lie on flash, `lock`, `state` and `memory` on tmpfs."""
@@ -1992,6 +1992,11 @@ def forget(context: Context, network: str) -> None:
         context.files.remove(context.paths.of(kind, network))
 
 
+def forget_staged(context: Context, network: str) -> None:
+    """Remove what a join has prepared."""
+    forget(context._replace(paths=context.paths.staged()), network)
+
+
 class Node:
     """One membership on this machine: its files, its conversation, its interface."""
 
@@ -2012,7 +2017,7 @@ class Node:
         for kind in MEMBERSHIP:
             text = self.secret.text() if kind == "secret" else read_text(self.paths.of(kind, self.config.network))
             self.files.write(context.paths.of(kind, self.config.network), text)
-        forget(self.context, self.config.network)
+        forget_staged(context, self.config.network)
         self.context, self.paths = context, context.paths
 
     @classmethod
@@ -2543,18 +2548,20 @@ def settle_in(context: Context) -> str:
 
 def install_service(context: Context, mode: str) -> None:
     """Have a check-in happen every 15 s, or the daemon stay. Never fails a join: says what to do where it cannot."""
-    launcher = settle_in(context)
-    if mode == "off":
-        return
-    systemd = Systemd(context)
     try:
+        launcher = settle_in(context)
+        if mode == "off":
+            return
+        systemd = Systemd(context)
         if systemd.is_supported():
             systemd.install(mode, launcher)
             return
-    except NetclientError as bad:
+    except (NetclientError, OSError) as bad:
         context.say(f"the service could not be set up: {bad}")
+        return
     context.say(
-        f"no init system that this agent knows runs here: call `{launcher} checkin -n all` every 15 s from cron (see cron/README.md), or keep `{launcher} daemon` running"
+        "no init system that this agent knows runs here: have cron call "
+        f"`{launcher} checkin -n all` every 15 s (cron/README.md), or keep `{launcher} daemon` running"
     )
 
 
@@ -2671,7 +2678,8 @@ def trusted_pin(context: Context, token: Token, options: Options) -> bytes:
         if sys.stdin.readline().strip().lower() in ("y", "yes"):
             return pin
         raise NetclientError("the server's key was not confirmed: nothing was changed")
-    line = " ".join(word for word in sys.argv[1:] if word != "join")
+    secrets = {options.key, options.token, options.privatekey}
+    line = " ".join("…" if word in secrets else word for word in sys.argv[1:] if word != "join")
     raise NetclientError(
         f"the server's key is not known and nobody is there to confirm it. If {b64(pin)} is what `netmaker-lite serve` printed, run: "
         f"netclient-lite join {line} --server-key {b64(pin)}"
@@ -2688,7 +2696,7 @@ def prepare(context: Context, token: Token, options: Options) -> Node:
     if not re.fullmatch(r"[A-Za-z0-9_.-]{1,15}", interface):
         raise UsageError(f"{interface!r} is no interface name: 1 to 15 letters, digits, '_', '.' or '-'")
     context.system.backend()
-    port = _join_port(context, options)
+    port = _join_port(context, options, _loaded(read_text(Paths(paths.root).of("netconfig", network))).get("port", 0))
     if context.system.exists(interface) and not options.force:
         raise NetclientError(
             f"an interface {interface} is there already: remove it (ip link del {interface}), or join with --force or another --interface"
@@ -2737,9 +2745,10 @@ def _prove(context: Context, config: Config, secret: Secret) -> None:
         context.say(said)
 
 
-def _join_port(context: Context, options: Options) -> int:
+def _join_port(context: Context, options: Options, held: int) -> int:
+    """The port to listen on: the user's, or the first that is free. `held`: what the membership that is replaced has."""
     if options.port is not None:
-        if not context.system.port_is_free(check_port(options.port)):
+        if options.port != held and not context.system.port_is_free(options.port):
             raise NetclientError("UDP port %d is in use by another program: stop that, or choose another --port" % options.port)
         return int(options.port)
     return next(port for port in range(51821, 65536) if context.system.port_is_free(port))
@@ -2770,19 +2779,20 @@ def join(context: Context, node: Node) -> ExitStatus:
             f"the server stopped answering during the join ({bad}): run the same command again, it goes on"
         ) from bad
     except NetclientError:
-        forget(node.context, network)
+        forget_staged(context, network)
         raise
     if network in joined:
         end_membership(Node.load(context, network), "leave")
     context.run.apply(context.system.removal(node.config.interface))
     forget(context, network)
-    node.move(context)
     try:
+        node.move(context)
         node.check_in()
     except (Unreachable, BadAnswer) as bad:
         raise Unreachable(f"{network}: joined, but the server stopped answering ({bad}): the next check-in goes on") from bad
     except NetclientError:
         end_membership(node, "leave")
+        forget_staged(context, network)
         raise
     node.finish()
     install_service(context, node.config.daemon)
@@ -2808,8 +2818,9 @@ def update(node: Node, options: Options) -> ExitStatus:
         if getattr(options, name):
             setattr(config, name, getattr(options, name))
     if options.port is not None and options.port != config.port:
-        config.port, config.fixed = _join_port(node.context, options), True
+        config.port, config.fixed = _join_port(node.context, options, config.port), True
     node.files.write(node.paths.of("netconfig", config.network), config.text())
+    forget_staged(node.context, config.network)
     node.check_in()
     if not node.run.dry:
         node.finish()
@@ -2835,8 +2846,8 @@ def cmd_leave(context: Context, options: Options) -> ExitStatus:
             after = "" if heard or context.run.dry else "; the server could not be told: its administrator can remove the node"
             print(f"{network}: left{after}")
         finally:
+            forget_staged(context, network)
             os.close(held)
-            context.files.remove(context.paths.of("lock", network))
     if not context.paths.networks():
         Systemd(context).remove()
     nudge_daemon(context)

@@ -63,6 +63,7 @@ import json
 import logging
 import random
 import re
+import resource
 import secrets
 import signal
 import socket
@@ -70,6 +71,7 @@ import socketserver
 import sqlite3
 import threading
 import time
+from functools import partial
 from hashlib import blake2b
 from typing import (
     Any,
@@ -150,6 +152,13 @@ def check_proxies(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Netw
         raise Invalid(str(bad)) from bad
 
 
+def check_host(text: str) -> str:
+    """A host name or an IP address, with or without brackets."""
+    if not re.fullmatch(r"[A-Za-z0-9._-]*|\[?[0-9A-Fa-f:.]+\]?", text):
+        raise Invalid("neither a host name nor an address")
+    return text.strip("[]")
+
+
 def check_urls(text: str) -> tuple[str, ...]:
     """Server addresses for tokens: URLs, or HOST:PORT."""
     words = text.replace(",", " ").split()
@@ -173,7 +182,7 @@ SETTINGS = (
     Setting("NETMAKER_DATA", "/var/lib/netmaker-lite", "the data folder"),
     Setting("SERVER_BIND", "0.0.0.0", "address to listen on; :: for IPv6 and IPv4"),  # noqa: S104
     Setting("API_PORT", "8081", "port to listen on", whole(1, 65535)),
-    Setting("SERVER_HOST", "", "name or address that tokens carry (default: the default route's)"),
+    Setting("SERVER_HOST", "", "name or address that tokens carry (default: the default route's)", check_host),
     Setting("SERVER_API_CONN_STRING", "", "HOST:PORT or URL for tokens instead, comma-separated", check_urls),
     Setting("SERVER_BACKEND", "waitress", "waitress, gevent or wsgiref", one_of("waitress", "gevent", "wsgiref")),
     Setting("SERVER_KEY_FILE", "", "the server's key (default: server.key in the data folder)"),
@@ -349,16 +358,9 @@ def pools(*ranges: str) -> tuple[Pool, ...]:
     return tuple(pool(text) for text in ranges if text)
 
 
-class Leases:
-    """What `place` asks of the leases; the store answers, tests too."""
-
-    def held(self, address: str) -> bool | None:
-        """True: a node has it. False: it was released. None: nobody ever had it."""
-        raise NotImplementedError
-
-    def released(self) -> Iterable[str]:
-        """Released addresses, the longest released one first."""
-        raise NotImplementedError
+# What is known of an address: a node has it (True), it was released (False), nobody ever had it (None).
+Held = Callable[[str], Union[bool, None]]
+Released = Callable[[], Iterable[str]]  # the longest released address first
 
 
 class Placement(NamedTuple):
@@ -368,37 +370,37 @@ class Placement(NamedTuple):
     cursor: int
 
 
-def next_free(ranges: Sequence[Pool], cursor: int, leases: Leases) -> tuple[int, int]:
+def next_free(ranges: Sequence[Pool], cursor: int, held: Held, released: Released) -> tuple[int, int]:
     """(host number that is free in every pool, new cursor); Clash when there is none."""
     last = min(each.last for each in ranges)
     for host in range(cursor, last + 1):
-        if all(leases.held(each.address(host)) is None for each in ranges):
+        if all(held(each.address(host)) is None for each in ranges):
             return host, host + 1
-    for address in leases.released():
+    for address in released():
         host = max(each.host(address) for each in ranges)
-        if 0 < host <= last and not any(leases.held(each.address(host)) for each in ranges):
+        if 0 < host <= last and not any(held(each.address(host)) for each in ranges):
             return host, max(cursor, last + 1)
     raise Clash("every address of the network is taken: remove nodes, or add another network")
 
 
-def place(ranges: Sequence[Pool], cursor: int, wishes: Sequence[str], leases: Leases) -> Placement:
+def place(ranges: Sequence[Pool], cursor: int, wishes: Sequence[str], held: Held, released: Released) -> Placement:
     """Addresses for a new node: its wishes where they can be met, else the next free host number."""
     found = {}
     for wish in filter(None, wishes):
         home = next((each for each in ranges if each.host(wish)), None)
         if home is None:
             raise Invalid("%s is no address that a node of this network can have" % wish)
-        if leases.held(wish):
+        if held(wish):
             raise Clash("the address %s is taken: wish for another, or for none" % wish)
         found[home] = home.host(wish)
     open_ranges = [each for each in ranges if each not in found]
     for each in list(open_ranges):
         host = next(iter(found.values()), 0)
-        if 0 < host <= each.last and leases.held(each.address(host)) is None:
+        if 0 < host <= each.last and held(each.address(host)) is None:
             found[each] = host
             open_ranges.remove(each)
     if open_ranges:
-        host, cursor = next_free(open_ranges, cursor, leases)
+        host, cursor = next_free(open_ranges, cursor, held, released)
         found.update(dict.fromkeys(open_ranges, host))
     return Placement(tuple(each.address(found[each]) for each in ranges), cursor)
 
@@ -691,14 +693,8 @@ class Joined(peewee.Model):
 
 
 Node.add_index(Node.index(Node.network, Node.auth, unique=True))
-Node.add_index(
-    Node.index(
-        Node.network, Node.name, unique=True, where=(Node.state != REMOVED), name="node_name"
-    )
-)
-Node.add_index(
-    Node.index(Node.network, Node.key, unique=True, where=(Node.state != REMOVED), name="node_key")
-)
+Node.add_index(Node.index(Node.network, Node.name, unique=True, where=(Node.state != REMOVED), name="node_name"))
+Node.add_index(Node.index(Node.network, Node.key, unique=True, where=(Node.state != REMOVED), name="node_key"))
 Node.add_index(Node.index(Node.network, Node.changed))
 Node.add_index(Node.index(Node.network, Node.own_changed))
 Node.add_index(Node.index(Node.network, Node.state))
@@ -722,9 +718,15 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {}  # version → the statements that l
 # networks, and in WAL mode never waits for the other, which writes. A connection for each of the web
 # server's threads would cost more memory than all nodes together.
 
+TABLES = ("node", "lease", "access_key", "revision", "gone", "observed", "joined")  # with a column `network`
 HISTORY = 4096  # words kept: how far back deltas reach
 TRIES = 20  # of a change whose preconditions another process has upset meanwhile
 DATABASE_FILE = "netmaker.db"
+
+
+def composed(template: str, *names: str) -> str:
+    """SQL with table and column names of this file put in. What comes from outside is always a bound value."""
+    return template % names
 
 
 class Expression(NamedTuple):
@@ -737,13 +739,14 @@ class Expression(NamedTuple):
 class Batch:
     """A change as a list of statements; `when` are the preconditions, as SQL on the stamped row."""
 
-    def __init__(self, table: str, key: str, identity: str) -> None:
+    def __init__(self, table: str, key: str, identity: str, stamp: str = "stamp") -> None:
         self.stamp = secrets.token_hex(8)
-        self._table, self._key, self._identity = table, key, identity
-        self._set: list[str] = []
-        self._set_values: list[Any] = []
-        self._when: list[str] = []
-        self._when_values: list[Any] = []
+        self._row = (table, key, stamp)
+        self._identity = identity
+        self._set = ["%s = ?" % stamp]
+        self._set_values: list[Any] = [self.stamp]
+        self._when = ["%s = ?" % key]
+        self._when_values: list[Any] = [identity]
         self._rest: list[tuple[str, list[Any], bool]] = []
 
     def set(self, assignment: str, *values: Any) -> None:
@@ -756,26 +759,21 @@ class Batch:
         self._when.append(condition)
         self._when_values += values
 
-    # The statements below are put together from this file's own names; what comes from outside is
-    # always a bound value. SQL that differs between databases would be told apart here.
-
     def insert(self, table: str, values: Mapping[str, Any]) -> None:
         marks, bound = self._marks(values)
         columns = ", ".join('"%s"' % name for name in values)
-        sql = "INSERT INTO %s (%s) SELECT %s WHERE " % (table, columns, ", ".join(marks))
+        sql = composed("INSERT INTO %s (%s) SELECT %s WHERE ", table, columns, ", ".join(marks))
         self._add(sql, bound, True)
 
-    def update(
-        self, table: str, values: Mapping[str, Any], where: str, *bound: Any, must: bool = False
-    ) -> None:
+    def update(self, table: str, values: Mapping[str, Any], where: str, *bound: Any, must: bool = False) -> None:
         """`must`: exactly one row has to change, or the whole batch does not apply."""
         marks, assigned = self._marks(values)
         pairs = ", ".join('"%s" = %s' % pair for pair in zip(values, marks))
-        sql = "UPDATE %s SET %s WHERE %s AND " % (table, pairs, where)  # noqa: S608
+        sql = composed("UPDATE %s SET %s WHERE %s AND ", table, pairs, where)
         self._add(sql, [*assigned, *bound], must)
 
     def delete(self, table: str, where: str, *bound: Any) -> None:
-        self._add("DELETE FROM %s WHERE %s AND " % (table, where), list(bound), False)  # noqa: S608
+        self._add(composed("DELETE FROM %s WHERE %s AND ", table, where), list(bound), False)
 
     @staticmethod
     def _marks(values: Mapping[str, Any]) -> tuple[list[str], list[Any]]:
@@ -787,15 +785,12 @@ class Batch:
         return marks, bound
 
     def _add(self, sql: str, bound: list[Any], must: bool) -> None:
-        stamped = "EXISTS (SELECT 1 FROM %s WHERE %s = ? AND stamp = ?)"
-        sql += stamped % (self._table, self._key)
-        self._rest.append((sql, [*bound, self._identity, self.stamp], must))
+        stamped = composed("EXISTS (SELECT 1 FROM %s WHERE %s = ? AND %s = ?)", *self._row)
+        self._rest.append((sql + stamped, [*bound, self._identity, self.stamp], must))
 
     def statements(self) -> Iterator[tuple[str, list[Any], bool]]:
-        pairs = ", ".join([*self._set, "stamp = ?"])
-        conditions = " AND ".join(["%s = ?" % self._key, *self._when])
-        sql = "UPDATE %s SET %s WHERE %s" % (self._table, pairs, conditions)  # noqa: S608
-        yield sql, [*self._set_values, self.stamp, self._identity, *self._when_values], True
+        parts = (self._row[0], ", ".join(self._set), " AND ".join(self._when))
+        yield composed("UPDATE %s SET %s WHERE %s", *parts), [*self._set_values, *self._when_values], True
         yield from self._rest
 
 
@@ -810,8 +805,7 @@ class NetworkBatch(Batch):
             return
         self.set("counter = counter + 1, tag = ?, nodes_modified = ?", secrets.token_hex(4), int(now))
         self._add(
-            "INSERT INTO revision (network, counter, tag)"
-            " SELECT id, counter, tag FROM network WHERE id = ? AND ",
+            "INSERT INTO revision (network, counter, tag) SELECT id, counter, tag FROM network WHERE id = ? AND ",
             [network],
             True,
         )
@@ -824,17 +818,7 @@ class NetworkListBatch(Batch):
     """A change of which networks there are: stamped in the row of the table `meta` for that."""
 
     def __init__(self) -> None:
-        super().__init__("meta", "key", "networks")
-
-    def _add(self, sql: str, bound: list[Any], must: bool) -> None:
-        sql += "EXISTS (SELECT 1 FROM meta WHERE key = ? AND value = ?)"
-        self._rest.append((sql, [*bound, "networks", self.stamp], must))
-
-    def statements(self) -> Iterator[tuple[str, list[Any], bool]]:
-        conditions = " AND ".join(["key = ?", *self._when])
-        sql = "UPDATE meta SET value = ? WHERE %s" % conditions  # noqa: S608
-        yield sql, [self.stamp, "networks", *self._when_values], True
-        yield from self._rest
+        super().__init__("meta", "key", "networks", "value")
 
 
 class _Upset(Exception):
@@ -849,9 +833,11 @@ def _connection(path: str) -> peewee.SqliteDatabase:
         "busy_timeout": 5000,
         "cache_size": -1024,
     }
-    return peewee.SqliteDatabase(
-        path, pragmas=pragmas, thread_safe=False, check_same_thread=False, timeout=5
-    )
+    return peewee.SqliteDatabase(path, pragmas=pragmas, thread_safe=False, check_same_thread=False, timeout=5)
+
+
+def new_incarnation() -> str:
+    return b64(secrets.token_bytes(8))
 
 
 class Store:
@@ -865,7 +851,12 @@ class Store:
         self.committed: Callable[[], None] = lambda: None  # told after every change of this process
         self._writing, self._reading = threading.RLock(), threading.RLock()
         self.writer, self.reader = _connection(self.path), _connection(self.path)
-        self._prepare()
+        alone = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        try:  # of two first starts at once one waits for the other
+            fcntl.flock(alone, fcntl.LOCK_EX)
+            self._prepare()
+        finally:
+            os.close(alone)
         self.incarnation = self.meta("incarnation")
 
     def close(self) -> None:
@@ -894,12 +885,11 @@ class Store:
             log.warning("the database is of schema %d now", version)
 
     def _create(self) -> None:
-        first = {"schema": str(SCHEMA), "incarnation": new_incarnation(), "networks": "", "pin": ""}
+        first = {"schema": str(SCHEMA), "incarnation": new_incarnation(), "networks": "", "pin": "", "urls": ""}
         with self.writer.atomic("IMMEDIATE"), self.writer.bind_ctx(MODELS):
             self.writer.create_tables(MODELS)
-            for key, value in {**first, "urls": ""}.items():  # another start may have been first
-                sql = "INSERT INTO meta SELECT ?, ? WHERE NOT EXISTS (SELECT 1 FROM meta WHERE key = ?)"
-                self._write(sql, (key, value, key))
+            for pair in first.items():
+                self._write("INSERT INTO meta (key, value) VALUES (?, ?)", pair)
 
     # ---- reading
 
@@ -932,6 +922,14 @@ class Store:
     def meta(self, key: str) -> str:
         found = self.row("SELECT value FROM meta WHERE key = ?", (key,))
         return str(found[0]) if found else ""
+
+    def held(self, network: str, address: str) -> bool | None:
+        found = self.row("SELECT node FROM lease WHERE network = ? AND address = ?", (network, address))
+        return None if found is None else found[0] is not None
+
+    def released(self, network: str) -> list[str]:
+        sql = "SELECT address FROM lease WHERE network = ? AND node IS NULL ORDER BY released, address LIMIT 256"
+        return [str(row[0]) for row in self.rows(sql, (network,))]
 
     # ---- writing
 
@@ -1009,29 +1007,6 @@ class Store:
         self.incarnation = self.meta("incarnation")
 
 
-def new_incarnation() -> str:
-    return b64(secrets.token_bytes(8))
-
-
-class StoredLeases(Leases):
-    """The leases of one network, as the database has them."""
-
-    def __init__(self, store: Store, network: str) -> None:
-        self.store, self.network = store, network
-
-    def held(self, address: str) -> bool | None:
-        sql = "SELECT node FROM lease WHERE network = ? AND address = ?"
-        found = self.store.row(sql, (self.network, address))
-        return None if found is None else found[0] is not None
-
-    def released(self) -> Iterable[str]:
-        sql = (
-            "SELECT address FROM lease WHERE network = ? AND node IS NULL"
-            " ORDER BY released, address LIMIT 256"
-        )
-        return [str(row[0]) for row in self.store.rows(sql, (self.network,))]
-
-
 # --------------------------------------------------------------------------------------------------
 # MESH
 # --------------------------------------------------------------------------------------------------
@@ -1097,12 +1072,8 @@ class NodeState(NamedTuple):
 
 
 # A change of these columns must be heard by the others, or by the node itself.
-RECORD_COLUMNS = frozenset(
-    ("name", "key", "ip", "ip6", "ips", "static", "port", "public", "at", "local", "lan", "punch")
-)
-OWN_COLUMNS = frozenset(
-    ("name", "ip", "ip6", "port", "keepalive", "mtu", "dns", "forwarding", "punch", "is_local")
-)
+RECORD_COLUMNS = frozenset(("name", "key", "ip", "ip6", "ips", "static", "port", "public", "at", "local", "lan", "punch"))
+OWN_COLUMNS = frozenset(("name", "ip", "ip6", "port", "keepalive", "mtu", "dns", "forwarding", "punch", "is_local"))
 
 
 def dump(value: Any) -> bytes:
@@ -1177,9 +1148,15 @@ class Report(NamedTuple):
     source: str
 
 
-def observed_endpoint(
-    node: NodeState, reports: Iterable[Report], overlays: Sequence[str], recorded: str
-) -> str:
+def _usable(place: str, overlays: Sequence[str]) -> bool:
+    address = split_endpoint(place)[0]
+    parsed = ipaddress.ip_address(address)
+    blocks = (ipaddress.ip_network(text) for text in overlays)
+    inside = any(parsed.version == block.version and parsed in block for block in blocks)
+    return is_public(address) and not inside
+
+
+def observed_endpoint(node: NodeState, reports: Iterable[Report], overlays: Sequence[str], recorded: str) -> str:
     """The endpoint of a node that its peers see, "" for none worth giving out (SPEC, §8).
 
     An observer in the node's own LAN sees what others cannot use. Where the server saw a public
@@ -1187,11 +1164,7 @@ def observed_endpoint(
     see another one. `recorded`, the present one, stays when nobody reports anything.
     """
     seen = _endpoint(node.public, node.port)
-    found = {
-        report.endpoint
-        for report in reports
-        if report.source != node.source and _usable(report.endpoint, overlays)
-    }
+    found = {report.endpoint for report in reports if report.source != node.source and _usable(report.endpoint, overlays)}
     if node.public:
         found = {place for place in found if split_endpoint(place)[0] == node.public}
         recorded = recorded if recorded and split_endpoint(recorded)[0] == node.public else ""
@@ -1201,14 +1174,6 @@ def observed_endpoint(
         return ""
     best = recorded if recorded in found else min(found)
     return "" if best == seen else best
-
-
-def _usable(place: str, overlays: Sequence[str]) -> bool:
-    address = split_endpoint(place)[0]
-    parsed = ipaddress.ip_address(address)
-    blocks = (ipaddress.ip_network(text) for text in overlays)
-    inside = any(parsed.version == block.version and parsed in block for block in blocks)
-    return is_public(address) and not inside
 
 
 def free_port(wanted: int, taken: Iterable[int]) -> int:
@@ -1236,7 +1201,7 @@ class Member:
         "row", "seen", "sequence",
     )  # fmt: skip
 
-    def __init__(self, mesh: Mesh, row: NodeState) -> None:
+    def __init__(self, mesh: Any, row: NodeState) -> None:
         self.mesh, self.row = mesh, row
         self.epoch, self.sequence = row.epoch, UNKNOWN
         self.last_mac, self.last_time = "", 0.0
@@ -1311,8 +1276,8 @@ class Mesh:
         return member is not None and member.row.state == ACTIVE
 
 
-NODE_SELECT = "SELECT %s FROM node WHERE " % ", ".join(NodeState._fields)  # noqa: S608
-NETWORK_SELECT = "SELECT %s FROM network WHERE id = ?" % ", ".join(NetworkState._fields)  # noqa: S608
+NODE_SELECT = composed("SELECT %s FROM node WHERE ", ", ".join(NodeState._fields))
+NETWORK_SELECT = composed("SELECT %s FROM network WHERE id = ?", ", ".join(NetworkState._fields))
 
 
 class Members:
@@ -1365,18 +1330,18 @@ class Members:
 
     def prove(self, mesh: Mesh) -> bool:
         """Bring a network up to date; False when it is no more. One row read when nothing changed."""
-        word = self.store.word(mesh.state.id)
-        if word is not None and word == mesh.state[3:5]:
+        if self.store.word(mesh.state.id) == mesh.state[3:5]:
             return True
-        with self._lock:
-            if word is None:
-                self._drop(mesh)
-            elif self._continues(mesh, word):
+        with self._lock:  # another thread may have been faster: look again
+            word = self.store.word(mesh.state.id)
+            if word == mesh.state[3:5]:
+                return True
+            if word is not None and self._continues(mesh, word):
                 self._catch_up(mesh)
-            else:  # the database went back in time
-                self._drop(mesh)
-                self._load(mesh.state.id)
-        return word is not None
+                return True
+            self._drop(mesh)  # the network is gone, or the database went back in time
+            self._load(mesh.state.id)
+            return word is not None
 
     def _continues(self, mesh: Mesh, word: tuple[int, str]) -> bool:
         sql = "SELECT tag FROM revision WHERE network = ? AND counter = ?"
@@ -1471,6 +1436,7 @@ class Members:
                 batch.append((member.seen, member.epoch, sequence, sequence, member.row.id))
         return batch
 
+
 # --------------------------------------------------------------------------------------------------
 # ACTIONS
 # --------------------------------------------------------------------------------------------------
@@ -1485,9 +1451,7 @@ LIVING = "id = ? AND state != 'removed'"
 class Core:
     """What every action needs: settings, the database, the server's key, the time."""
 
-    def __init__(
-        self, settings: Settings, store: Store, key: ServerKey, clock: Callable[[], float] = time.time
-    ) -> None:
+    def __init__(self, settings: Settings, store: Store, key: ServerKey, clock: Callable[[], float] = time.time) -> None:
         self.settings, self.store, self.key, self.clock = settings, store, key, clock
 
     @property
@@ -1502,8 +1466,7 @@ def open_core(settings: Settings) -> Core:
         key = ServerKey.load(settings.key_file)
     except (OSError, peewee.OperationalError, peewee.DatabaseError) as problem:
         raise ServerError(
-            "cannot use the data folder %s (%s): run as its owner, or name another by --data"
-            % (settings.data, problem)
+            "cannot use the data folder %s (%s): run as its owner, or name another by --data" % (settings.data, problem)
         ) from problem
     pin = b64(key.pin)
     if store.meta("pin") not in ("", pin):
@@ -1518,11 +1481,6 @@ def open_core(settings: Settings) -> Core:
 def blank(model: Any) -> Row:
     """A row of defaults."""
     return dict(model._meta.get_default_dict())
-
-
-def released(node: str) -> tuple[str, tuple[Any, ...]]:
-    """Where-clause of what others know of a node, or it of others."""
-    return "node = ? OR observer = ?", (node, node)
 
 
 # ---- networks
@@ -1593,25 +1551,27 @@ def renumber(members: Iterable[Row], column: str, old: str, new: str) -> dict[st
     return found
 
 
+def _lease(network: str, address: str, node: str) -> Row:
+    return {"network": network, "address": address, "node": node, "released": None}
+
+
 def _change_ranges(core: Core, batch: NetworkBatch, old: Row, values: Row) -> None:
     """Readdress every node in the same transaction."""
     stamp = core.store.meta("networks")
-    batch.update(
-        "meta", {"value": batch.stamp}, "key = 'networks' AND value = ?", stamp, must=True
-    )
+    batch.update("meta", {"value": batch.stamp}, "key = 'networks' AND value = ?", stamp, must=True)
     batch.when("counter = ?", old["counter"])
     states = (ACTIVE, DISABLED, EXPIRED)
     condition = (Node.network == old["id"]) & Node.state.in_(states)
-    nodes = core.store.select(Node.select(Node.id, Node.ip, Node.ip6).where(condition))
+    members = core.store.select(Node.select(Node.id, Node.ip, Node.ip6).where(condition))
     moved = {
-        column: renumber(nodes, column, old[ranges], values[ranges])
+        column: renumber(members, column, old[ranges], values[ranges])
         for column, ranges in (("ip", "range"), ("ip6", "range6"))
         if ranges in values
     }
     batch.delete("lease", "network = ?", old["id"])
     highest = 0
     ranges = [{**old, **values}[name] for name in ("range", "range6")]
-    for node in nodes:
+    for node in members:
         new = {**node, **{column: places[node["id"]] for column, places in moved.items()}}
         for address in filter(None, (new["ip"], new["ip6"])):
             highest = max([highest, *(each.host(address) for each in pools(*ranges))])
@@ -1621,10 +1581,6 @@ def _change_ranges(core: Core, batch: NetworkBatch, old: Row, values: Row) -> No
         batch.update("node", change, "id = ?", node["id"])
     last = min(each.last for each in pools(*ranges))
     batch.set("cursor = ?", min(highest, last) + 1)
-
-
-def _lease(network: str, address: str, node: str) -> Row:
-    return {"network": network, "address": address, "node": node, "released": None}
 
 
 def set_network(core: Core, name: str, values: Row) -> Row:
@@ -1656,12 +1612,12 @@ def remove_network(core: Core, name: str) -> Row:
 
     def build() -> Batch:
         living = "network = ? AND state != 'removed'"
-        if core.store.row("SELECT 1 FROM node WHERE " + living, (network["id"],)):  # noqa: S608
+        somebody = composed("SELECT 1 FROM node WHERE %s", living)
+        if core.store.row(somebody, (network["id"],)):
             raise Clash("the network %s has nodes: remove them first" % network["id"])
         batch = NetworkListBatch()
-        nobody = "NOT EXISTS (SELECT 1 FROM node WHERE %s)" % living  # noqa: S608
-        batch.when(nobody, network["id"])
-        for table in ("node", "lease", "access_key", "revision", "gone", "observed", "joined"):
+        batch.when("NOT EXISTS (%s)" % somebody, network["id"])
+        for table in TABLES:
             batch.delete(table, "network = ?", network["id"])
         batch.delete("network", "id = ?", network["id"])
         return batch
@@ -1679,18 +1635,6 @@ def access_keys(core: Core, network: str) -> list[Row]:
     return core.store.select(found)
 
 
-def server_urls(core: Core) -> tuple[str, ...]:
-    """The addresses that tokens carry: what `serve` wrote down, else what it would write."""
-    written = core.store.meta("urls")
-    return tuple(written.split()) if written else own_urls(core.settings)
-
-
-def own_urls(settings: Settings) -> tuple[str, ...]:
-    host = settings["SERVER_HOST"] or default_address()
-    given: tuple[str, ...] = settings["SERVER_API_CONN_STRING"]
-    return given or ("http://" + endpoint(host, settings["API_PORT"]),)
-
-
 def default_address() -> str:
     """This host's address towards the default route. Connecting a UDP socket sends nothing."""
     for family, target in ((socket.AF_INET, "192.0.2.1"), (socket.AF_INET6, "2001:db8::1")):
@@ -1703,9 +1647,19 @@ def default_address() -> str:
     return "127.0.0.1"
 
 
-def add_key(
-    core: Core, network: str, name: str = "", uses: int | None = 1, lifetime: int | None = None
-) -> Row:
+def own_urls(settings: Settings) -> tuple[str, ...]:
+    host = settings["SERVER_HOST"] or default_address()
+    given: tuple[str, ...] = settings["SERVER_API_CONN_STRING"]
+    return given or ("http://" + endpoint(host, settings["API_PORT"]),)
+
+
+def server_urls(core: Core) -> tuple[str, ...]:
+    """The addresses that tokens carry: what `serve` wrote down, else what it would write."""
+    written = core.store.meta("urls")
+    return tuple(written.split()) if written else own_urls(core.settings)
+
+
+def add_key(core: Core, network: str, name: str = "", uses: int | None = 1, lifetime: int | None = None) -> Row:
     """An access key; `value` and `accessstring` are in the answer this one time."""
     owner = need_network(core, network)
     secret = b64(secrets.token_bytes(16))
@@ -1729,12 +1683,6 @@ def add_key(
     value = "%s.%s" % (key_id, secret)
     token = agent.Token(server_urls(core), core.key.pin, owner["id"], value)
     return {**new, "value": value, "accessstring": agent.make_token(token)}
-
-
-def signup_token(core: Core, network: str) -> str:
-    """A token without a key: who joins with it waits for approval."""
-    owner = need_network(core, network)
-    return agent.make_token(agent.Token(server_urls(core), core.key.pin, owner["id"], ""))
 
 
 def remove_key(core: Core, network: str, name: str) -> Row:
@@ -1787,6 +1735,98 @@ class Joining(NamedTuple):
     values: Row
 
 
+def _joined_before(core: Core, who: Joining) -> bool:
+    """Whether this is a retry of a join that was made; Denied when its time is over."""
+    sql = "SELECT node FROM joined WHERE network = ? AND auth = ?"
+    known = core.store.row(sql, (who.network, who.auth))
+    if known is None:
+        return False
+    sql = "SELECT state, confirmed FROM node WHERE id = ?"
+    state, confirmed = core.store.row(sql, known) or (REMOVED, True)
+    if state == REMOVED:
+        raise Denied("this join made a node that is gone: join again with a new key pair (--force)")
+    if confirmed:
+        raise Clash("this join made a node that is in use: nothing is to be joined")
+    return True
+
+
+def _take(batch: NetworkBatch, network: str, address: str, node: str) -> None:
+    """Lease an address; the primary key is the guard against giving it twice."""
+    free = "network = ? AND address = ? AND node IS NULL"
+    batch.delete("lease", free, network, address)
+    batch.insert("lease", _lease(network, address, node))
+
+
+def _move_in(core: Core, batch: NetworkBatch, network: Row, node: Row) -> Row:
+    """Addresses for a node that becomes active, and its place in the network."""
+    if network["members"] >= network["node_limit"]:
+        raise Clash("the network has as many nodes as its limit allows (%d)" % network["node_limit"])
+    ranges = pools(network["range"], network["range6"])
+    held, released_ = partial(core.store.held, network["id"]), partial(core.store.released, network["id"])
+    placement = place(ranges, network["cursor"], (node["ip"], node["ip6"]), held, released_)
+    batch.when("members < node_limit AND cursor = ?", network["cursor"])
+    batch.set("members = members + 1, cursor = ?", placement.cursor)
+    for address in placement.addresses:
+        _take(batch, network["id"], address, node["id"])
+    by_version = {each.version: text for each, text in zip(ranges, placement.addresses)}
+    return {"ip": by_version.get(4, ""), "ip6": by_version.get(6, "")}
+
+
+def _check_key_free(core: Core, node: Row) -> None:
+    sql = "SELECT name FROM node WHERE network = ? AND key = ? AND state != 'removed' AND id != ?"
+    other = core.store.row(sql, (node["network"], node["key"], node["id"]))
+    if other:
+        raise Clash("the WireGuard key belongs to the node %s: make a new one" % other[0])
+
+
+def _new_node(core: Core, network: Row, who: Joining) -> Row:
+    new = {**blank(Node), **who.values, "id": secrets.token_hex(8), "network": network["id"]}
+    new.update(auth=who.auth, look=b64(secrets.token_bytes(16)), source=who.source)
+    new.update(public=who.public, created=core.now, modified=core.now, last_seen=core.now)
+    new["state"] = ACTIVE if who.access_key else PENDING
+    _check_key_free(core, new)
+    wish = new.get("name") or "node"
+    sql = "SELECT name FROM node WHERE network = ? AND state != 'removed' AND (name = ? OR name LIKE ?)"
+    taken = core.store.rows(sql, (network["id"], wish, wish[:59] + "-%"))
+    new["name"] = free_name(wish, (row[0] for row in taken))
+    new["port"] = new["port"] or network["port"]
+    if not new["fixed"]:
+        sql = "SELECT port FROM node WHERE source = ? AND state != 'removed'"
+        taken = core.store.rows(sql, (who.source,))
+        new["port"] = free_port(new["port"], (row[0] for row in taken))
+    return new
+
+
+def _sign_up(core: Core, batch: NetworkBatch, network: Row, who: Joining) -> None:
+    """The conditions of a node without an access key."""
+    if not network["manual"]:
+        raise Denied("the network takes no node without an access key: ask its administrator for one")
+    limits = (
+        ("SELECT COUNT(*) FROM node WHERE network = ? AND state = 'pending'", PENDING_PER_NETWORK, ()),
+        (
+            "SELECT COUNT(*) FROM node WHERE network = ? AND state = 'pending' AND source = ?",
+            PENDING_PER_SOURCE,
+            (who.source,),
+        ),
+    )
+    for sql, limit, more in limits:
+        count = core.store.row(sql, (network["id"], *more))
+        if count is not None and count[0] >= limit:
+            raise SlowDown("too many nodes wait for approval: the administrator must decide on some first")
+        batch.when("(%s) < ?" % sql, network["id"], *more, limit)
+    batch.when("manual = ?", True)
+
+
+def _use_key(core: Core, batch: NetworkBatch, key_id: str) -> None:
+    """Take one use of an access key, in the transaction that makes the node."""
+    usable = "id = ? AND (uses IS NULL OR uses > 0) AND (expires IS NULL OR expires > ?)"
+    found = composed("SELECT 1 FROM access_key WHERE %s", usable)
+    if core.store.row(found, (key_id, core.now)) is None:
+        raise UsedUp("the access key is used up or expired: ask for another")
+    batch.when("EXISTS (%s)" % found, key_id, core.now)
+    batch.update("access_key", {"uses": Expression("uses - 1")}, usable, key_id, core.now, must=True)
+
+
 def join(core: Core, who: Joining) -> Row:
     """The node of an auth key: made now, or by an earlier try of the same join."""
 
@@ -1813,100 +1853,8 @@ def join(core: Core, who: Joining) -> Row:
     found = core.store.get(Node.select().where(mine))
     if found is None:
         raise Busy("the node was removed while it joined: try again")
+    log.info("%s: node %s (%s) from %s is %s", who.network, found["name"], found["id"], who.source, found["state"])
     return found
-
-
-def _joined_before(core: Core, who: Joining) -> bool:
-    """Whether this is a retry of a join that was made; Denied when its time is over."""
-    sql = "SELECT node FROM joined WHERE network = ? AND auth = ?"
-    known = core.store.row(sql, (who.network, who.auth))
-    if known is None:
-        return False
-    sql = "SELECT state, confirmed FROM node WHERE id = ?"
-    state, confirmed = core.store.row(sql, known) or (REMOVED, True)
-    if state == REMOVED:
-        raise Denied("this join made a node that is gone: join again with a new key pair (--force)")
-    if confirmed:
-        raise Clash("this join made a node that is in use: nothing is to be joined")
-    return True
-
-
-def _new_node(core: Core, network: Row, who: Joining) -> Row:
-    new = {**blank(Node), **who.values, "id": secrets.token_hex(8), "network": network["id"]}
-    new.update(auth=who.auth, look=b64(secrets.token_bytes(16)), source=who.source)
-    new.update(public=who.public, created=core.now, modified=core.now, last_seen=core.now)
-    new["state"] = ACTIVE if who.access_key else PENDING
-    _check_key_free(core, new)
-    wish = new.get("name") or "node"
-    sql = "SELECT name FROM node WHERE network = ? AND state != 'removed' AND (name = ? OR name LIKE ?)"
-    taken = core.store.rows(sql, (network["id"], wish, wish[:59] + "-%"))
-    new["name"] = free_name(wish, (row[0] for row in taken))
-    new["port"] = new["port"] or network["port"]
-    if not new["fixed"]:
-        sql = "SELECT port FROM node WHERE source = ? AND state != 'removed'"
-        taken = core.store.rows(sql, (who.source,))
-        new["port"] = free_port(new["port"], (row[0] for row in taken))
-    return new
-
-
-def _check_key_free(core: Core, node: Row) -> None:
-    sql = "SELECT name FROM node WHERE network = ? AND key = ? AND state != 'removed' AND id != ?"
-    other = core.store.row(sql, (node["network"], node["key"], node["id"]))
-    if other:
-        raise Clash("the WireGuard key belongs to the node %s: make a new one" % other[0])
-
-
-def _sign_up(core: Core, batch: NetworkBatch, network: Row, who: Joining) -> None:
-    """The conditions of a node without an access key."""
-    if not network["manual"]:
-        raise Denied("the network takes no node without an access key: ask its administrator for one")
-    limits = (
-        ("SELECT COUNT(*) FROM node WHERE network = ? AND state = 'pending'", PENDING_PER_NETWORK, ()),
-        (
-            "SELECT COUNT(*) FROM node WHERE network = ? AND state = 'pending' AND source = ?",
-            PENDING_PER_SOURCE,
-            (who.source,),
-        ),
-    )
-    for sql, limit, more in limits:
-        count = core.store.row(sql, (network["id"], *more))
-        if count is not None and count[0] >= limit:
-            raise SlowDown("too many nodes wait for approval: the administrator must decide on some first")
-        batch.when("(%s) < ?" % sql, network["id"], *more, limit)
-    batch.when("manual = ?", True)
-
-
-def _use_key(core: Core, batch: NetworkBatch, key_id: str) -> None:
-    """Take one use of an access key, in the transaction that makes the node."""
-    usable = "id = ? AND (uses IS NULL OR uses > 0) AND (expires IS NULL OR expires > ?)"
-    found = core.store.row("SELECT 1 FROM access_key WHERE " + usable, (key_id, core.now))  # noqa: S608
-    if found is None:
-        raise UsedUp("the access key is used up or expired: ask for another")
-    exists = "EXISTS (SELECT 1 FROM access_key WHERE %s)" % usable  # noqa: S608
-    batch.when(exists, key_id, core.now)
-    batch.update("access_key", {"uses": Expression("uses - 1")}, usable, key_id, core.now, must=True)
-
-
-def _move_in(core: Core, batch: NetworkBatch, network: Row, node: Row) -> Row:
-    """Addresses for a node that becomes active, and its place in the network."""
-    if network["members"] >= network["node_limit"]:
-        raise Clash("the network has as many nodes as its limit allows (%d)" % network["node_limit"])
-    ranges = pools(network["range"], network["range6"])
-    leases = StoredLeases(core.store, network["id"])
-    placement = place(ranges, network["cursor"], (node["ip"], node["ip6"]), leases)
-    batch.when("members < node_limit AND cursor = ?", network["cursor"])
-    batch.set("members = members + 1, cursor = ?", placement.cursor)
-    for address in placement.addresses:
-        _take(batch, network["id"], address, node["id"])
-    by_version = {each.version: text for each, text in zip(ranges, placement.addresses)}
-    return {"ip": by_version.get(4, ""), "ip6": by_version.get(6, "")}
-
-
-def _take(batch: NetworkBatch, network: str, address: str, node: str) -> None:
-    """Lease an address; the primary key is the guard against giving it twice."""
-    free = "network = ? AND address = ? AND node IS NULL"
-    batch.delete("lease", free, network, address)
-    batch.insert("lease", _lease(network, address, node))
 
 
 def _leave_lists(batch: NetworkBatch, node: Row) -> None:
@@ -1914,13 +1862,16 @@ def _leave_lists(batch: NetworkBatch, node: Row) -> None:
     batch.delete("gone", "network = ? AND node = ?", node["network"], node["id"])
     row = {"network": node["network"], "node": node["id"], "counter": batch.counter}
     batch.insert("gone", row)
-    where, values = released(node["id"])
-    batch.delete("observed", "network = ? AND (%s)" % where, node["network"], *values)
+    batch.delete("observed", "network = ? AND ? IN (node, observer)", node["network"], node["id"])
 
 
-def _set_state(
-    core: Core, node: Row, state: str, before: Sequence[str], more: Row | None = None
-) -> Row:
+def _without_vain_wishes(core: Core, network: Row, node: Row) -> Row:
+    """A pending node whose wished address somebody else got meanwhile takes the next one."""
+    held = partial(core.store.held, network["id"])
+    return {**node, **{name: "" if held(node[name]) else node[name] for name in ("ip", "ip6")}}
+
+
+def _set_state(core: Core, node: Row, state: str, before: Sequence[str], more: Row | None = None) -> Row:
     """Bring a node from one of some states into another."""
 
     def build() -> Batch | None:
@@ -1944,13 +1895,6 @@ def _set_state(
     return need_node(core, node["network"], node["id"])
 
 
-def _without_vain_wishes(core: Core, network: Row, node: Row) -> Row:
-    """A pending node whose wished address somebody else got meanwhile takes the next one."""
-    leases = StoredLeases(core.store, network["id"])
-    kept = {name: "" if leases.held(node[name] or "-") else node[name] for name in ("ip", "ip6")}
-    return {**node, **kept}
-
-
 def approve(core: Core, node: Row) -> Row:
     return _set_state(core, node, ACTIVE, (PENDING,))
 
@@ -1964,12 +1908,6 @@ def enable(core: Core, node: Row) -> Row:
         raise Clash("the node %s waits for approval: `netmaker-lite node approve`" % node["name"])
     over = {"expires": None} if node["expires"] and node["expires"] <= core.now else None
     return _set_state(core, node, ACTIVE, (DISABLED, EXPIRED), over)
-
-
-def reject(core: Core, node: Row) -> Row:
-    if node["state"] != PENDING:
-        raise Clash("the node %s is %s, not pending: `netmaker-lite node remove`" % (node["name"], node["state"]))
-    return remove_node(core, node, "its sign-up was rejected")
 
 
 def remove_node(core: Core, node: Row, farewell: str = "the administrator removed it") -> Row:
@@ -1994,6 +1932,12 @@ def remove_node(core: Core, node: Row, farewell: str = "the administrator remove
     return node
 
 
+def reject(core: Core, node: Row) -> Row:
+    if node["state"] != PENDING:
+        raise Clash("the node %s is %s, not pending: `netmaker-lite node remove`" % (node["name"], node["state"]))
+    return remove_node(core, node, "its sign-up was rejected")
+
+
 def forget_node(core: Core, network: str, node: str) -> None:
     """Drop the row of a removed node: its agent knows."""
 
@@ -2016,6 +1960,19 @@ def is_heard(values: Row) -> bool:
     return bool((RECORD_COLUMNS | OWN_COLUMNS) & values.keys())
 
 
+def _move(core: Core, batch: NetworkBatch, network: Row, node: Row, values: Row) -> None:
+    """Give a node the addresses that it or an administrator asks for."""
+    wanted = {column: values[column] for column in ("ip", "ip6") if column in values}
+    if not wanted:
+        return
+    for column, address in wanted.items():
+        ranges = pools(network["range" if column == "ip" else "range6"])
+        place(ranges, 1, (address,), partial(core.store.held, network["id"]), tuple)
+        gone = {"node": None, "released": core.now}
+        batch.update("lease", gone, "network = ? AND address = ?", network["id"], node[column])
+        _take(batch, network["id"], address, node["id"])
+
+
 def amend(core: Core, batch: NetworkBatch, network: Row, node: Row, values: Row) -> Row:
     """The columns of a node's UPDATE for new values, checked against the others; leases go along."""
     new = dict(values)
@@ -2034,18 +1991,12 @@ def amend(core: Core, batch: NetworkBatch, network: Row, node: Row, values: Row)
     return new
 
 
-def _move(core: Core, batch: NetworkBatch, network: Row, node: Row, values: Row) -> None:
-    """Give a node the addresses that it or an administrator asks for."""
-    wanted = {column: values[column] for column in ("ip", "ip6") if column in values}
-    if not wanted:
-        return
-    leases = StoredLeases(core.store, network["id"])
-    for column, address in wanted.items():
-        ranges = pools(network["range" if column == "ip" else "range6"])
-        place(ranges, 1, (address,), leases)
-        gone = {"node": None, "released": core.now}
-        batch.update("lease", gone, "network = ? AND address = ?", network["id"], node[column])
-        _take(batch, network["id"], address, node["id"])
+def _owned(core: Core, network: Row, node: Row) -> list[str]:
+    """The ranges that no node may claim for itself: the network's, and other nodes' extra ones."""
+    sql = "SELECT ips FROM node WHERE network = ? AND id != ? AND ips != '' AND state != 'removed'"
+    extra = core.store.rows(sql, (network["id"], node["id"]))
+    others = [text for row in extra for text in row[0].split(",")]
+    return [text for text in (network["range"], network["range6"], *others) if text]
 
 
 def set_node(core: Core, node: Row, values: Row) -> Row:
@@ -2070,14 +2021,6 @@ def set_node(core: Core, node: Row, values: Row) -> Row:
     found = need_node(core, node["network"], node["id"])
     over = found["expires"] is not None and found["expires"] <= core.now
     return enable(core, found) if found["state"] == EXPIRED and not over else found
-
-
-def _owned(core: Core, network: Row, node: Row) -> list[str]:
-    """The ranges that no node may claim for itself: the network's, and other nodes' extra ones."""
-    sql = "SELECT ips FROM node WHERE network = ? AND id != ? AND ips != '' AND state != 'removed'"
-    extra = core.store.rows(sql, (network["id"], node["id"]))
-    others = [text for row in extra for text in row[0].split(",")]
-    return [text for text in (network["range"], network["range6"], *others) if text]
 
 
 def sweep(core: Core) -> None:
@@ -2122,33 +2065,16 @@ class Restored(NamedTuple):
     back: list[Row]
 
 
-def restore(settings: Settings, path: str) -> Restored:
-    """Take over a backup: a new incarnation, and a new word for every network."""
-    folder = os.path.dirname(os.path.abspath(settings.key_file))
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-    source = _opened_backup(path)
-    try:
-        _take_key(settings, source)
-        core = open_core_anew(settings)
-        sql = "SELECT id FROM node WHERE state != 'removed'"
-        present = {row[0] for row in core.store.rows(sql)}
-        had_nodes = core.store.row("SELECT 1 FROM network") is not None
-        _make_new(source)
-        core.store.replace(source)
-        core.store.set_meta("pin", b64(core.key.pin))
-        core.store.close()
-    finally:
-        source.close()
-    core = open_core(settings)
-    now = core.store.select(Node.select().where(Node.state != REMOVED).order_by(Node.name))
-    core.store.close()
-    back = [node for node in now if had_nodes and node["id"] not in present]
-    return Restored(len(now), back)
-
-
-def open_core_anew(settings: Settings) -> Core:
-    """The data folder as it is, whatever key its present database was made with."""
-    return Core(settings, Store(settings.data), ServerKey.load(settings.key_file))
+def _make_new(source: sqlite3.Connection) -> None:
+    """What was captured before a restore must be worth nothing after it, and every node must hear."""
+    source.execute("UPDATE meta SET value = ? WHERE key = 'incarnation'", (new_incarnation(),))
+    for (network,) in source.execute("SELECT id FROM network").fetchall():
+        tag = secrets.token_hex(4)
+        sql = "UPDATE network SET counter = counter + 1, tag = ? WHERE id = ?"
+        source.execute(sql, (tag, network))
+        sql = "INSERT INTO revision (network, counter, tag) SELECT id, counter, tag FROM network WHERE id = ?"
+        source.execute(sql, (network,))
+    source.commit()
 
 
 def _opened_backup(path: str) -> sqlite3.Connection:
@@ -2194,86 +2120,74 @@ def _take_key(settings: Settings, source: sqlite3.Connection) -> None:
         )
 
 
-def _make_new(source: sqlite3.Connection) -> None:
-    """What was captured before a restore must be worth nothing after it, and every node must hear."""
-    source.execute("UPDATE meta SET value = ? WHERE key = 'incarnation'", (new_incarnation(),))
-    for (network,) in source.execute("SELECT id FROM network").fetchall():
-        tag = secrets.token_hex(4)
-        sql = "UPDATE network SET counter = counter + 1, tag = ? WHERE id = ?"
-        source.execute(sql, (tag, network))
-        sql = "INSERT INTO revision (network, counter, tag) SELECT id, counter, tag FROM network WHERE id = ?"
-        source.execute(sql, (network,))
-    source.commit()
+def open_core_anew(settings: Settings) -> Core:
+    """The data folder as it is, whatever key its present database was made with."""
+    return Core(settings, Store(settings.data), ServerKey.load(settings.key_file))
 
 
-CHECKS = (
-    (
-        "address without a lease",
-        "SELECT node.name, node.network FROM node WHERE state IN ('active', 'disabled', 'expired')"
-        " AND ip != '' AND NOT EXISTS (SELECT 1 FROM lease WHERE lease.network = node.network"
-        " AND lease.address = node.ip AND lease.node = node.id)",
-    ),
-    (
-        "IPv6 address without a lease",
-        "SELECT node.name, node.network FROM node WHERE state IN ('active', 'disabled', 'expired')"
-        " AND ip6 != '' AND NOT EXISTS (SELECT 1 FROM lease WHERE lease.network = node.network"
-        " AND lease.address = node.ip6 AND lease.node = node.id)",
-    ),
-    (
-        "lease without a node",
-        "SELECT lease.address, lease.network FROM lease WHERE node IS NOT NULL AND NOT EXISTS"
-        " (SELECT 1 FROM node WHERE node.id = lease.node AND lease.address IN (node.ip, node.ip6))",
-    ),
-    (
-        "address held twice",
-        "SELECT ip, network FROM node WHERE ip != '' AND state IN ('active', 'disabled', 'expired')"
-        " GROUP BY network, ip HAVING COUNT(*) > 1",
-    ),
-    (
-        "word that is not in the history",
-        "SELECT id, id FROM network WHERE NOT EXISTS (SELECT 1 FROM revision WHERE"
-        " revision.network = network.id AND revision.counter = network.counter"
-        " AND revision.tag = network.tag)",
-    ),
-    (
-        "history from the future",
-        "SELECT revision.counter, network.id FROM revision JOIN network"
-        " ON network.id = revision.network WHERE revision.counter > network.counter",
-    ),
-    (
-        "node changed in the future",
-        "SELECT node.name, node.network FROM node JOIN network ON network.id = node.network"
-        " WHERE changed > counter OR own_changed > counter OR since > counter",
-    ),
-    (
-        "wrong count of nodes",
-        "SELECT members, id FROM network WHERE members != (SELECT COUNT(*) FROM node WHERE"
-        " node.network = network.id AND state IN ('active', 'disabled', 'expired'))",
-    ),
-    *(
-        (
-            "row of %s without a network" % table,
-            "SELECT COUNT(*), network FROM %s WHERE network NOT IN (SELECT id FROM network)"  # noqa: S608
-            " GROUP BY network" % table,
+def restore(settings: Settings, path: str) -> Restored:
+    """Take over a backup: a new incarnation, and a new word for every network."""
+    folder = os.path.dirname(os.path.abspath(settings.key_file))
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    source = _opened_backup(path)
+    try:
+        _take_key(settings, source)
+        core = open_core_anew(settings)
+        sql = "SELECT id FROM node WHERE state != 'removed'"
+        present = {row[0] for row in core.store.rows(sql)}
+        had_nodes = core.store.row("SELECT 1 FROM network") is not None
+        _make_new(source)
+        core.store.replace(source)
+        core.store.set_meta("pin", b64(core.key.pin))
+        core.store.close()
+    finally:
+        source.close()
+    core = open_core(settings)
+    now = core.store.select(Node.select().where(Node.state != REMOVED).order_by(Node.name))
+    core.store.close()
+    back = [node for node in now if had_nodes and node["id"] not in present]
+    return Restored(len(now), back)
+
+
+COUNTED = "state IN ('active', 'disabled', 'expired')"
+CHECKS = {
+    **{
+        "%s without a lease" % column: composed(
+            "SELECT name, network FROM node WHERE %s AND %s != '' AND NOT EXISTS (SELECT 1 FROM lease"
+            " WHERE lease.network = node.network AND address = %s AND lease.node = id)", COUNTED, column, column
         )
-        for table in ("node", "lease", "access_key", "revision", "gone", "observed", "joined")
+        for column in ("ip", "ip6")
+    },
+    "lease without a node": "SELECT address, network FROM lease WHERE node IS NOT NULL AND NOT EXISTS"
+    " (SELECT 1 FROM node WHERE id = lease.node AND address IN (ip, ip6))",
+    "address held twice": composed(
+        "SELECT ip, network FROM node WHERE ip != '' AND %s GROUP BY network, ip HAVING COUNT(*) > 1", COUNTED
     ),
-    (
-        "report on or by a node that is not there",
-        "SELECT observer, network FROM observed WHERE node NOT IN (SELECT id FROM node)"
-        " OR observer NOT IN (SELECT id FROM node)",
+    "word that is not in the history": "SELECT id, id FROM network WHERE NOT EXISTS (SELECT 1 FROM revision"
+    " WHERE network = network.id AND counter = network.counter AND tag = network.tag)",
+    "history from the future": "SELECT revision.counter, id FROM revision JOIN network ON id = network"
+    " WHERE revision.counter > network.counter",
+    "node changed in the future": "SELECT name, network FROM node JOIN network ON network.id = node.network"
+    " WHERE changed > counter OR own_changed > counter OR since > counter",
+    "wrong count of nodes": composed(
+        "SELECT members, id FROM network WHERE members != (SELECT COUNT(*) FROM node WHERE network = network.id AND %s)",
+        COUNTED,
     ),
-)
+    "report on or by a node that is not there": "SELECT observer, network FROM observed"
+    " WHERE node NOT IN (SELECT id FROM node) OR observer NOT IN (SELECT id FROM node)",
+    **{
+        "row of %s without a network" % name: composed(
+            "SELECT COUNT(*), network FROM %s WHERE network NOT IN (SELECT id FROM network) GROUP BY network", name
+        )
+        for name in TABLES
+    },
+}  # fmt: skip
 
 
 def check(core: Core) -> list[str]:
     """What is wrong with the database: a sentence each, none when all is well."""
-    found = [
-        "the file is damaged: %s" % row[0]
-        for row in core.store.rows("PRAGMA integrity_check")
-        if row[0] != "ok"
-    ]
-    for what, sql in CHECKS:
+    found = ["the file is damaged: %s" % row[0] for row in core.store.rows("PRAGMA integrity_check") if row[0] != "ok"]
+    for what, sql in CHECKS.items():
         found += ["%s: %s (network %s)" % (what, *row) for row in core.store.rows(sql)]
     for network in networks(core):
         ranges = pools(network["range"], network["range6"])
@@ -2287,6 +2201,7 @@ def check(core: Core) -> list[str]:
             except Denied:
                 found.append("key of another server.key: %s (network %s)" % (key["name"], network["id"]))
     return found
+
 
 # --------------------------------------------------------------------------------------------------
 # AGENTS
@@ -2305,7 +2220,7 @@ MAX_WAIT = 50
 Check = Callable[[Any], Any]
 
 
-def text(check: Callable[[str], Any], empty: bool = False) -> Check:
+def as_text(check: Callable[[str], Any], empty: bool = False) -> Check:
     """A check of texts from one of any value; `empty` lets "" through."""
 
     def checked(value: Any) -> Any:
@@ -2316,7 +2231,7 @@ def text(check: Callable[[str], Any], empty: bool = False) -> Check:
     return checked
 
 
-def number(low: int, high: int) -> Check:
+def as_number(low: int, high: int) -> Check:
     def checked(value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise Invalid("%.80r is no whole number from %d to %d" % (value, low, high))
@@ -2325,50 +2240,62 @@ def number(low: int, high: int) -> Check:
     return checked
 
 
-def flag(value: Any) -> bool:
+def as_flag(value: Any) -> bool:
     if not isinstance(value, bool):
         raise Invalid("%.80r is neither true nor false" % (value,))
     return value
 
 
-def pattern(expression: str) -> Check:
+def as_pattern(expression: str) -> Check:
     def checked(value: str) -> str:
         if not re.fullmatch(expression, value, re.ASCII):
             raise Invalid("%.80r is not of the form %s" % (value, expression))
         return value
 
-    return text(checked, True)
+    return as_text(checked, True)
 
 
 def _address(version: int = 0) -> Check:
-    return text(lambda value: check_address(value, version), True)
+    return as_text(lambda value: check_address(value, version), True)
 
 
-KEEPALIVE, MTU = number(0, 1000), number(576, 9200)
+KEEPALIVE, MTU = as_number(0, 1000), as_number(576, 9200)
 PRINTABLE = r"[ -~]{0,80}"
 FACTS: dict[str, tuple[str, Check]] = {  # name on the wire → column, check
-    "key": ("key", text(check_key)),
+    "key": ("key", as_text(check_key)),
     "port": ("port", check_port),
     "endpoint": ("static", _address()),
-    "fixed": ("fixed", flag),
+    "fixed": ("fixed", as_flag),
     "local": ("local", _address()),
-    "lan": ("lan", pattern("[0-9a-f]{0,16}")),
-    "os": ("os", pattern(PRINTABLE)),
-    "version": ("version", pattern(PRINTABLE)),
-    "machine": ("machine", pattern("[A-Za-z0-9_-]{0,64}")),
+    "lan": ("lan", as_pattern("[0-9a-f]{0,16}")),
+    "os": ("os", as_pattern(PRINTABLE)),
+    "version": ("version", as_pattern(PRINTABLE)),
+    "machine": ("machine", as_pattern("[A-Za-z0-9_-]{0,64}")),
 }
 WISHES: dict[str, tuple[str, Check]] = {
-    "name": ("name", text(check_name)),
+    "name": ("name", as_text(check_name)),
     "address": ("ip", _address(4)),
     "address6": ("ip6", _address(6)),
     "keepalive": ("keepalive", KEEPALIVE),
     "mtu": ("mtu", MTU),
-    "dnson": ("dns", flag),
-    "roaming": ("roaming", flag),
-    "ipforwarding": ("forwarding", flag),
-    "udpholepunch": ("punch", flag),
-    "islocal": ("is_local", flag),
+    "dnson": ("dns", as_flag),
+    "roaming": ("roaming", as_flag),
+    "ipforwarding": ("forwarding", as_flag),
+    "udpholepunch": ("punch", as_flag),
+    "islocal": ("is_local", as_flag),
 }
+
+
+def _measure(value: Any, depth: int) -> None:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if depth > MAX_DEPTH or len(inner) > MAX_ITEMS:
+        raise Invalid("the body is too deep or has too many members")
+    for each in inner:
+        _measure(each, depth + 1)
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(name)
 
 
 def read_json(body: bytes) -> dict[str, Any]:
@@ -2381,18 +2308,6 @@ def read_json(body: bytes) -> dict[str, Any]:
         raise Invalid("the body is no JSON object")
     _measure(value, 0)
     return value
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(name)
-
-
-def _measure(value: Any, depth: int) -> None:
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    if depth > MAX_DEPTH or len(inner) > MAX_ITEMS:
-        raise Invalid("the body is too deep or has too many members")
-    for each in inner:
-        _measure(each, depth + 1)
 
 
 def take(given: Any, table: Mapping[str, tuple[str, Check]], what: str) -> Row:
@@ -2442,16 +2357,16 @@ def parse_exchange(body: bytes) -> Exchange:
     wishes = take(given.get("wishes", {}), WISHES, "wishes")
     values.update({column: value for column, value in wishes.items() if value != ""})
     if "rejected" in given:
-        table = {"word": ("word", pattern("[0-9.a-f-]{1,40}")), "reason": ("reason", text(str))}
+        table = {"word": ("word", as_pattern("[0-9.a-f-]{1,40}")), "reason": ("reason", lambda value: str(value)[:200])}
         rejected = take(given["rejected"], table, "rejected")
-        reason = " ".join(str(rejected.get("reason", "")).split())
-        values["rejected"] = ("%s %s" % (rejected.get("word", "-"), reason)).strip()
+        words = "%s %s" % (rejected.get("word", "-"), rejected.get("reason", ""))
+        values["rejected"] = " ".join(words.split())
     return Exchange(
         values,
-        _observations(given.get("seen", {}), "seen", text(split_endpoint)),
-        _observations(given.get("mute", {}), "mute", flag),
-        flag(given.get("leave", False)),
-        flag(given.get("confirm", False)),
+        _observations(given.get("seen", {}), "seen", as_text(split_endpoint)),
+        _observations(given.get("mute", {}), "mute", as_flag),
+        as_flag(given.get("leave", False)),
+        as_flag(given.get("confirm", False)),
     )
 
 
@@ -2619,8 +2534,26 @@ class Request(NamedTuple):
         return int(epoch), int(sequence)
 
 
+JOIN, EXCHANGE = b"POST " + agent.JOIN_PATH.encode(), b"POST " + agent.EXCHANGE_PATH.encode()
+
+
+def is_signed(key: bytes, path: bytes, head: bytes, body: bytes, found: str) -> bool:
+    return secrets.compare_digest(mac(key, path, head, body).encode(), found.encode())
+
+
 class _NotFresh(Exception):
     """The request, or a newer one, was here before."""
+
+
+def unb64_of(text: str, size: int) -> bytes:
+    """So many bytes of b64; Invalid for anything else."""
+    try:
+        raw = unb64(text)
+    except ValueError as bad:
+        raise Invalid("%.60r is %s" % (text, bad)) from bad
+    if len(raw) != size:
+        raise Invalid("%.60r is not %d bytes of base64url" % (text, size))
+    return raw
 
 
 class Agents:
@@ -2649,8 +2582,7 @@ class Agents:
             raise TooLarge("a join has at most %d bytes" % MAX_UNPROVEN)
         keys = self._join_keys(public, name)
         signed = line.rpartition(" ")[0].encode()
-        path = b"POST " + agent.JOIN_PATH.encode()
-        if not secrets.compare_digest(mac(keys("request mac"), path, signed, body), request_mac):
+        if not is_signed(keys("request mac"), JOIN, signed, body, request_mac):
             self.failures.add(now, source)
             raise Denied("the signature is wrong: the token is for another server, or the request was altered")
         box = nacl.secret.SecretBox(keys("seal")) if mode == "s" else None
@@ -2671,9 +2603,7 @@ class Agents:
         shared = self.core.key.shared(raw)
         return lambda label: label_key(shared, label, raw, self.core.key.pin, network)
 
-    def _joined(
-        self, public: str, name: str, proof_key: bytes, nonce: str, body: bytes, source: str
-    ) -> Row:
+    def _joined(self, public: str, name: str, proof_key: bytes, nonce: str, body: bytes, source: str) -> Row:
         given = read_json(body)
         for field in given:
             if field not in ("proof", "facts", "wishes"):
@@ -2699,7 +2629,7 @@ class Agents:
         """The id of the access key that the joiner has shown to hold; "" for a manual sign-up."""
         if proof is None:
             return ""
-        table = {"key": ("key", text(str)), "mac": ("mac", text(str))}
+        table = {"key": ("key", as_text(str)), "mac": ("mac", as_text(str))}
         claim = take(proof, table, "proof")
         now = self.core.clock()
         self.failures.check(now, "key " + str(claim.get("key")))
@@ -2718,18 +2648,15 @@ class Agents:
         fields = line.split(" ")
         if len(fields) != 9 or fields[0] != agent.PROTOCOL or fields[2] not in ("s", "p"):
             raise Invalid("an exchange needs the header %s: see docs/protocol.md" % agent.HEADER)
-        _, who, mode, incarnation, number_, challenge, have, _, request_mac = fields
+        _, who, mode, incarnation, number, challenge, have, _, request_mac = fields
         signed = line[: -len(request_mac) - 1].encode()
         node = who.partition("@")[0]
-        request = Request(
-            node, mode, incarnation, number_, challenge, have, request_mac, signed
-        )
+        request = Request(node, mode, incarnation, number, challenge, have, request_mac, signed)
         member = self.members.node(node)
         if member is None:
             return self._unknown(who, request, body, source)
         self._keys(member)
-        path = b"POST /api/agent/v1/exchange"
-        if not secrets.compare_digest(mac(member.request_key, path, signed, body), request_mac):
+        if not is_signed(member.request_key, EXCHANGE, signed, body, request_mac):
             raise Denied("the signature is wrong: the request was altered, or is another node's")
         if not self.members.prove(member.mesh):
             return self._unknown(who, request, body, source)
@@ -2770,8 +2697,7 @@ class Agents:
         self.failures.check(now, source)
         self.failures.add(now, source)
         keys = self._join_keys(public, network)
-        path = b"POST /api/agent/v1/exchange"
-        if not secrets.compare_digest(mac(keys("request mac"), path, request.signed, body), request.mac):
+        if not is_signed(keys("request mac"), EXCHANGE, request.signed, body, request.mac):
             raise Denied("the signature is wrong: the request was altered, or is another node's")
         box = nacl.secret.SecretBox(keys("seal")) if request.mode == "s" else None
         signer = Signer(keys("answer mac"), request.mac, box, source, int(now), self.interval)
@@ -2825,9 +2751,7 @@ class Agents:
             self.members.forget(member.row.id)
         return signer.reply(410, {"state": REMOVED, "message": member.row.farewell})
 
-    def _commit(
-        self, member: Member, order: tuple[int, int], told: Exchange | None, source: str, public: str
-    ) -> None:
+    def _commit(self, member: Member, order: tuple[int, int], told: Exchange | None, source: str, public: str) -> None:
         """Everything that an exchange changes, in one transaction with its (epoch, sequence)."""
         core, row = self.core, member.row
         told = told or Exchange({}, {}, {}, False, False)
@@ -2853,9 +2777,9 @@ class Agents:
                 columns["modified"] = core.now
             newer = LIVING + " AND (epoch < ? OR (epoch = ? AND sequence < ?))"
             batch.update("node", columns, newer, row.id, order[0], *order, must=True)
-            for node_id, place_ in reports.items():
+            for node_id, place in reports.items():
                 if self._is_peer(member, node_id):
-                    self._observe(batch, row.id, node_id, place_)
+                    self._observe(batch, row.id, node_id, place)
             return batch
 
         core.store.change(build)
@@ -2872,8 +2796,7 @@ class Agents:
         if node["machine"] and machine != node["machine"]:
             if self.core.now - node["machine_changed"] < CLONE:
                 raise Clash(
-                    "another machine uses this node's identity: is this a copy of its disk? "
-                    "Then join it again with --force"
+                    "another machine uses this node's identity: is this a copy of its disk? Then join it again with --force"
                 )
             values["machine_changed"] = self.core.now
         values["machine"] = machine
@@ -2887,11 +2810,11 @@ class Agents:
         return other is not None and other is not member and other.row.state == ACTIVE
 
     @staticmethod
-    def _observe(batch: NetworkBatch, observer: str, node: str, place_: str | None) -> None:
+    def _observe(batch: NetworkBatch, observer: str, node: str, place: str | None) -> None:
         key = "network = ? AND node = ? AND observer = ?"
         batch.delete("observed", key, batch.network, node, observer)
-        if place_ is not None:
-            canonical = endpoint(*split_endpoint(place_)) if place_ else ""
+        if place is not None:
+            canonical = endpoint(*split_endpoint(place)) if place else ""
             row = {"network": batch.network, "node": node, "observer": observer}
             batch.insert("observed", {**row, "endpoint": canonical})
 
@@ -2919,13 +2842,11 @@ class Agents:
     def _reports(self, member: Member) -> list[Report]:
         sql = "SELECT observer, endpoint FROM observed WHERE network = ? AND node = ? AND endpoint != ''"
         rows = self.core.store.rows(sql, (member.row.network, member.row.id))
-        observers = ((member.mesh.members.get(node), place_) for node, place_ in rows)
+        observers = ((member.mesh.members.get(node), place) for node, place in rows)
         return [
-            Report(place_, observer.row.source)
-            for observer, place_ in observers
-            if observer is not None
-            and observer.row.state == ACTIVE
-            and self.core.now - observer.seen <= FRESH_REPORT
+            Report(place, observer.row.source)
+            for observer, place in observers
+            if observer is not None and observer.row.state == ACTIVE and self.core.now - observer.seen <= FRESH_REPORT
         ]
 
     def _move_observed(self, mesh: Mesh, wanted: Mapping[str, tuple[str, str]]) -> None:
@@ -2974,24 +2895,14 @@ class Agents:
         if member.row.state == REMOVED or member.row.source != source:
             return "!"
         member.see(self.core.clock())
-        return member.mesh.word
+        mesh: Mesh = member.mesh
+        return mesh.word
 
     def flush(self) -> None:
         """Write behind who was seen."""
         batch = self.members.dirty()
         if batch:
             self.core.store.write_behind(batch)
-
-
-def unb64_of(text_: str, size: int) -> bytes:
-    """So many bytes of b64; Invalid for anything else."""
-    try:
-        raw = unb64(text_)
-    except ValueError as bad:
-        raise Invalid("%.60r is %s" % (text_, bad)) from bad
-    if len(raw) != size:
-        raise Invalid("%.60r is not %d bytes of base64url" % (text_, size))
-    return raw
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3004,83 +2915,84 @@ def unb64_of(text_: str, size: int) -> bytes:
 class Field(NamedTuple):
     """A member of a view: its name, the column or function that it shows, how text becomes a value.
 
-    `check` is None for what cannot be set. `short` are other names for it on the command line.
+    `check` is None for what cannot be set. `short` is its name on the command line, `help` that of its flag.
     """
 
     name: str
     source: str | Callable[[Row], Any]
     check: Callable[[str], Any] | None = None
-    short: tuple[str, ...] = ()
+    short: str = ""
+    help: str = ""
 
 
-def yes_no(text_: str) -> bool:
-    if text_.lower() not in ("yes", "no", "on", "off", "true", "false"):
-        raise Invalid("%r is neither yes nor no" % text_)
-    return text_.lower() in ("yes", "on", "true")
+def yes_no(text: str) -> bool:
+    if text.lower() not in ("yes", "no", "on", "off", "true", "false"):
+        raise Invalid("%r is neither yes nor no" % text)
+    return text.lower() in ("yes", "on", "true")
 
 
 def or_nothing(check_value: Callable[[str], Any], nothing: Any) -> Callable[[str], Any]:
     """The same check, where the empty text means the network's value, or none."""
-    return lambda text_: check_value(text_) if text_ else nothing
+    return lambda text: check_value(text) if text else nothing
 
 
-def check_display(text_: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_./;% ^#()!@$*-]{1,20}", text_):
-        raise Invalid("%r is no display name: 1 to 20 letters, digits, blanks or -_./;%%^#()!@$*" % text_)
-    return text_
+def check_display(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_./;% ^#()!@$*-]{1,20}", text):
+        raise Invalid("%r is no display name: 1 to 20 letters, digits, blanks or -_./;%%^#()!@$*" % text)
+    return text
 
 
-def check_interface(text_: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,14}", text_):
-        raise Invalid("%r is no interface name: 1 to 15 letters, digits, '.', '_' or '-'" % text_)
-    return text_
+def check_interface(text: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,14}", text):
+        raise Invalid("%r is no interface name: 1 to 15 letters, digits, '.', '_' or '-'" % text)
+    return text
 
 
-def check_local_range(text_: str) -> str:
+def check_local_range(text: str) -> str:
     try:
-        return str(ipaddress.ip_network(text_, strict=False))
+        return str(ipaddress.ip_network(text, strict=False))
     except ValueError as bad:
-        raise Invalid("%r is no range: ADDRESS/BITS, like 192.168.1.0/24" % text_) from bad
+        raise Invalid("%r is no range: ADDRESS/BITS, like 192.168.1.0/24" % text) from bad
 
 
-def check_static(text_: str) -> str:
+def check_static(text: str) -> str:
     """An endpoint set by hand: an address, or one with the port that others must use."""
     try:
-        return check_address(text_)
+        return check_address(text)
     except Invalid:
-        return endpoint(*split_endpoint(text_))
+        return endpoint(*split_endpoint(text))
 
 
-def check_expiry(text_: str) -> int:
+def check_expiry(text: str) -> int:
     """Unix time, or a time from now like 24h."""
-    if text_.isdigit():
-        return whole(1, 1 << 40)(text_)
-    return int(time.time()) + check_lifetime(text_)
+    if text.isdigit():
+        return whole(1, 1 << 40)(text)
+    return int(time.time()) + check_lifetime(text)
 
 
 def range_check(version: int) -> Callable[[str], str]:
-    return or_nothing(lambda text_: check_range(text_, version), "")
+    return or_nothing(lambda text: check_range(text, version), "")
 
 
 PORT = whole(1024, 65535)
 NETWORK_FIELDS = (
     Field("netid", "id"),
-    Field("displayname", "display", check_display),
-    Field("addressrange", "range", range_check(4), ("range",)),
-    Field("addressrange6", "range6", range_check(6), ("range6",)),
+    Field("displayname", "display", check_display, "display", "name for people"),
+    Field("addressrange", "range", range_check(4), "range", "IPv4 range, like 10.20.30.0/24"),
+    Field("addressrange6", "range6", range_check(6), "range6", "IPv6 range, like fd00:20:30::/64"),
     Field("isdualstack", lambda row: bool(row["range"] and row["range6"])),
     Field("isipv4", lambda row: bool(row["range"])),
     Field("isipv6", lambda row: bool(row["range6"])),
-    Field("islocal", "is_local", yes_no, ("local-only",)),
-    Field("localrange", "local_range", or_nothing(check_local_range, ""), ("local-range",)),
-    Field("defaultinterface", "interface", check_interface, ("interface",)),
-    Field("defaultlistenport", "port", PORT, ("port",)),
-    Field("defaultkeepalive", "keepalive", whole(0, 1000), ("keepalive",)),
-    Field("defaultmtu", "mtu", whole(576, 9200), ("mtu",)),
-    Field("defaultudpholepunch", "punch", yes_no, ("hole-punch",)),
-    Field("nodelimit", "node_limit", whole(0, 1 << 53), ("node-limit",)),
-    Field("allowmanualsignup", "manual", yes_no, ("manual-signup",)),
-    Field("checkininterval", "interval", or_nothing(whole(2, 100000), None), ("checkin-interval",)),
+    Field("islocal", "is_local", yes_no, "local-only", "all nodes are in one LAN"),
+    Field("localrange", "local_range", or_nothing(check_local_range, ""), "local-range", "that LAN's range"),
+    Field("defaultinterface", "interface", check_interface, "interface", "the nodes' interface (nm-NAME)"),
+    Field("defaultlistenport", "port", PORT, "port", "the nodes' WireGuard port (51821)"),
+    Field("defaultkeepalive", "keepalive", whole(0, 1000), "keepalive", "seconds, 0 for none (20)"),
+    Field("defaultmtu", "mtu", whole(576, 9200), "mtu", "MTU of the interfaces (1280)"),
+    Field("defaultudpholepunch", "punch", yes_no, "hole-punch", "use observed endpoints (yes)"),
+    Field("nodelimit", "node_limit", whole(0, 1 << 53), "node-limit", "how many nodes it may have"),
+    Field("allowmanualsignup", "manual", yes_no, "manual-signup", "let nodes ask without a key (no)"),
+    Field("checkininterval", "interval", or_nothing(whole(2, 100000), None), "checkin-interval", "seconds"),
     Field("nodes", "members"),
     Field("revision", lambda row: "%d.%s" % (row["counter"], row["tag"])),
     Field("networklastmodified", "modified"),
@@ -3098,7 +3010,7 @@ def leased(column: str) -> Callable[[Row], str]:
     return lambda row: "" if row["state"] == PENDING else str(row[column])
 
 
-def status(row: Row) -> str:
+def node_status(row: Row) -> str:
     """How a node does: its state, or how long ago it was heard of."""
     if row["state"] != ACTIVE:
         return str(row["state"])
@@ -3110,24 +3022,24 @@ NODE_FIELDS = (
     Field("id", "id"),
     Field("name", "name", check_name),
     Field("network", "network"),
-    Field("address", leased("ip"), lambda text_: check_address(text_, 4)),
-    Field("address6", leased("ip6"), lambda text_: check_address(text_, 6)),
+    Field("address", leased("ip"), lambda text: check_address(text, 4)),
+    Field("address6", leased("ip6"), lambda text: check_address(text, 6)),
     Field("allowedips", lambda row: row["ips"].split(",") if row["ips"] else [], str),
     Field("publickey", "key"),
     Field("endpoint", shown_endpoint, or_nothing(check_static, "")),
-    Field("listenport", "port", PORT, ("port",)),
+    Field("listenport", "port", PORT, "port"),
     Field("localaddress", "local"),
     Field("isstatic", lambda row: bool(row["static"] or row["fixed"]), yes_no),
-    Field("persistentkeepalive", "keepalive", or_nothing(whole(0, 1000), None), ("keepalive",)),
+    Field("persistentkeepalive", "keepalive", or_nothing(whole(0, 1000), None), "keepalive"),
     Field("mtu", "mtu", or_nothing(whole(576, 9200), None)),
     Field("dnson", "dns", yes_no),
     Field("roaming", "roaming", yes_no),
     Field("ipforwarding", "forwarding", yes_no),
-    Field("udpholepunch", "punch", yes_no, ("hole-punch",)),
+    Field("udpholepunch", "punch", yes_no, "hole-punch"),
     Field("islocal", "is_local", yes_no),
-    Field("expdatetime", "expires", or_nothing(check_expiry, None), ("expires",)),
+    Field("expdatetime", "expires", or_nothing(check_expiry, None), "expires"),
     Field("ispending", lambda row: row["state"] == PENDING),
-    Field("status", status),
+    Field("status", node_status),
     Field("lastcheckin", "last_seen"),
     Field("lastmodified", "modified"),
     Field("os", "os"),
@@ -3146,10 +3058,7 @@ KEY_FIELDS = (
 
 NODE_COLUMNS = {"address": "ip", "address6": "ip6", "allowedips": "ips", "endpoint": "static"}
 BOOLEANS = frozenset(
-    column
-    for model in (Network, Node)
-    for column, field in model._meta.fields.items()
-    if isinstance(field, peewee.BooleanField)
+    column for model in (Network, Node) for column, field in model._meta.fields.items() if isinstance(field, peewee.BooleanField)
 )
 
 
@@ -3186,7 +3095,7 @@ def view_key(row: Row) -> Row:
 
 def parse_fields(pairs: Iterable[str], fields: Sequence[Field]) -> Row:
     """{field name: value} of `key=value` words; unknown and read-only ones are refused."""
-    known = {name: field for field in fields if field.check for name in (field.name, *field.short)}
+    known = {name: field for field in fields if field.check for name in (field.name, field.short)}
     found = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
@@ -3268,16 +3177,16 @@ class Web:
             peer = self._canonical(hop.strip()) or peer
         return peer
 
-    def _canonical(self, text_: str) -> str:
-        found = self._sources.get(text_)
+    def _canonical(self, text: str) -> str:
+        found = self._sources.get(text)
         if found is None:
             try:
-                found = check_address(text_.partition("%")[0])
+                found = check_address(text.partition("%")[0])
             except Invalid:
                 found = ""
             if len(self._sources) > 4096:
                 self._sources.clear()
-            self._sources[text_] = found
+            self._sources[text] = found
         return found
 
     def _is_trusted(self, address: str) -> bool:
@@ -3353,8 +3262,8 @@ def expected_failures(handler: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return handler(*args, **named)
         except (ServerError, Invalid) as problem:
-            status_ = http_status(problem)
-            return Web.send(Reply(status_, json_error(status_, str(problem))), "application/json")
+            status = http_status(problem)
+            return Web.send(Reply(status, json_error(status, str(problem))), "application/json")
         except peewee.OperationalError as problem:
             log.error("database: %s", problem)
             return Web.send(Reply(503, json_error(503, "the database is busy: try again")), "application/json")
@@ -3429,6 +3338,7 @@ def waitress_server(app: Any, sock: socket.socket, polls: int) -> Any:
         sockets=[sock],
         threads=polls + 8,  # parked polls can take no more than their part
         connection_limit=polls + 1000,
+        asyncore_use_poll=True,  # select() ends at descriptor 1023
         channel_timeout=30,
         max_request_body_size=MAX_BODY,
         max_request_header_size=16384,
@@ -3540,7 +3450,7 @@ class Housekeeping:
             self.stopped.wait(WATCH)
 
 
-def _terminate(number_: int, frame: object) -> NoReturn:
+def _terminate(number: int, frame: object) -> NoReturn:
     raise SystemExit(0)
 
 
@@ -3549,6 +3459,8 @@ def serve(settings: Settings, out: Callable[[str], None]) -> None:
     run = backend(settings)
     os.makedirs(settings.data, mode=0o700, exist_ok=True)
     held = lock_folder(settings.data)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
     sock = listener(settings["SERVER_BIND"], settings["API_PORT"])
     core = open_core(settings)
     core.store.set_meta("urls", " ".join(own_urls(settings)))
@@ -3587,19 +3499,19 @@ def write(line: str) -> None:
     sys.stdout.flush()
 
 
-def table(rows: Sequence[Row], columns: Mapping[str, str], none: str) -> list[str]:
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "-"
+    return "-" if value in ("", None) else str(value)
+
+
+def aligned(rows: Sequence[Row], columns: Mapping[str, str], none: str) -> list[str]:
     """Aligned columns under their headings; columns: heading → field."""
     if not rows:
         return [none]
     cells = [list(columns)] + [[_cell(row[field]) for field in columns.values()] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "-"
-    return "-" if value in ("", None) else str(value)
 
 
 def listing(row: Row) -> list[str]:
@@ -3630,14 +3542,8 @@ KEY_COLUMNS = {"NAME": "name", "USES LEFT": "uses", "EXPIRES": "expires"}
 
 
 def cmd_network_add(core: Core, args: Arguments) -> Printed:
-    given = {
-        "addressrange": args.range, "addressrange6": args.range6, "localrange": args.local_range,
-        "defaultudpholepunch": args.hole_punch, "allowmanualsignup": args.manual_signup,
-        "defaultlistenport": args.port, "defaultkeepalive": args.keepalive, "defaultmtu": args.mtu,
-        "nodelimit": args.node_limit, "checkininterval": args.checkin_interval,
-        "islocal": "yes" if args.local_only else None,
-    }  # fmt: skip
-    words = ["%s=%s" % (name, value) for name, value in given.items() if value is not None]
+    given = ((field.short, getattr(args, field.short.replace("-", "_"))) for field in NETWORK_FIELDS if field.short)
+    words = ["%s=%s" % (name, {True: "yes"}.get(value, value)) for name, value in given if value]
     row = add_network(core, args.name, network_columns(parse_fields(words, NETWORK_FIELDS)))
     where = " and ".join(filter(None, (row["range"], row["range6"])))
     lines = ["network %s: %s" % (row["id"], where), "next: netmaker-lite key add %s" % row["id"]]
@@ -3647,7 +3553,7 @@ def cmd_network_add(core: Core, args: Arguments) -> Printed:
 def cmd_network_list(core: Core, args: Arguments) -> Printed:
     shown = [view_network(row, core.settings) for row in networks(core)]
     none = "no networks: netmaker-lite network add NAME --range 10.20.30.0/24"
-    return Printed(shown, table(shown, NETWORK_COLUMNS, none))
+    return Printed(shown, aligned(shown, NETWORK_COLUMNS, none))
 
 
 def cmd_network_show(core: Core, args: Arguments) -> Printed:
@@ -3666,6 +3572,14 @@ def cmd_network_remove(core: Core, args: Arguments) -> Printed:
     return Printed(view_network(row, core.settings), ["network %s removed" % row["id"]])
 
 
+def _date(then: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M", time.gmtime(then))
+
+
+def _until(key: Row) -> str:
+    return ", until %s UTC" % _date(key["expiration"]) if key["expiration"] else ""
+
+
 def cmd_key_add(core: Core, args: Arguments) -> Printed:
     uses = None if args.uses == "unlimited" else whole(1, 1 << 31)(args.uses)
     lifetime = check_lifetime(args.expires) if args.expires else None
@@ -3680,14 +3594,6 @@ def cmd_key_add(core: Core, args: Arguments) -> Printed:
     return Printed(shown, lines)
 
 
-def _until(key: Row) -> str:
-    return ", until %s UTC" % _date(key["expiration"]) if key["expiration"] else ""
-
-
-def _date(then: int) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.gmtime(then))
-
-
 def cmd_key_list(core: Core, args: Arguments) -> Printed:
     shown = [view_key(row) for row in access_keys(core, args.network)]
     for_people = [
@@ -3699,7 +3605,7 @@ def cmd_key_list(core: Core, args: Arguments) -> Printed:
         for row in shown
     ]
     none = "no keys: netmaker-lite key add %s" % args.network
-    return Printed(shown, table(for_people, KEY_COLUMNS, none))
+    return Printed(shown, aligned(for_people, KEY_COLUMNS, none))
 
 
 def cmd_key_remove(core: Core, args: Arguments) -> Printed:
@@ -3712,7 +3618,7 @@ def cmd_node_list(core: Core, args: Arguments) -> Printed:
     shown = [view_node(row, network) for row in nodes(core, args.network)]
     for_people = [{**row, "seen": ago(row["lastcheckin"])} for row in shown]
     none = "no nodes: netmaker-lite key add %s prints the line that joins one" % network["id"]
-    return Printed(shown, table(for_people, NODE_TABLE, none))
+    return Printed(shown, aligned(for_people, NODE_TABLE, none))
 
 
 def cmd_node_show(core: Core, args: Arguments) -> Printed:
@@ -3722,7 +3628,7 @@ def cmd_node_show(core: Core, args: Arguments) -> Printed:
         "SELECT node.name, observed.endpoint FROM observed JOIN node ON node.id = observed.observer"
         " WHERE observed.node = ? ORDER BY node.name"
     )
-    seen_by = {name: place_ or "no handshake" for name, place_ in core.store.rows(sql, (node["id"],))}
+    seen_by = {name: place or "no handshake" for name, place in core.store.rows(sql, (node["id"],))}
     people = ["%s sees it at %s" % pair for pair in seen_by.items()]
     return Printed({**shown, "seenby": seen_by}, listing(shown) + people)
 
@@ -3821,17 +3727,12 @@ COMMANDS = (
         "make a network",
         (
             arg("name", metavar="NAME", help="1 to 12 letters, digits, '.', '_' or '-'"),
-            arg("--range", metavar="CIDR", help="IPv4 range, like 10.20.30.0/24"),
-            arg("--range6", metavar="CIDR", help="IPv6 range, like fd00:20:30::/64"),
             arg("--local-only", action="store_true", help="all nodes are in one LAN"),
-            arg("--local-range", metavar="CIDR", help="that LAN's range"),
-            arg("--hole-punch", metavar="yes|no", help="use observed endpoints (yes)"),
-            arg("--manual-signup", metavar="yes|no", help="let nodes ask without a key (no)"),
-            arg("--port", metavar="N", help="the nodes' WireGuard port (51821)"),
-            arg("--keepalive", metavar="S", help="persistent keepalive, 0 for none (20)"),
-            arg("--mtu", metavar="N", help="MTU of the interfaces (1280)"),
-            arg("--node-limit", metavar="N", help="how many nodes it may have"),
-            arg("--checkin-interval", metavar="S", help="seconds between check-ins"),
+            *(
+                arg("--" + field.short, metavar="X", help=field.help)
+                for field in NETWORK_FIELDS
+                if field.short and field.name != "islocal"
+            ),
         ),
         cmd_network_add,
     ),
@@ -3898,8 +3799,8 @@ def make_parser() -> argparse.ArgumentParser:
         groups[noun] = group.add_subparsers(metavar="VERB", required=True)
     for command in COMMANDS:
         noun, _, verb = command.words.rpartition(" ")
-        place_ = groups[noun] if noun else verbs
-        one = place_.add_parser(verb, help=command.help, description=command.help, parents=[common])
+        place = groups[noun] if noun else verbs
+        one = place.add_parser(verb, help=command.help, description=command.help, parents=[common])
         for argument in command.arguments:
             one.add_argument(*argument.flags, **argument.options)
         one.set_defaults(command=command)
@@ -3916,14 +3817,12 @@ def as_owner(folder: str) -> None:
 
 
 def show(printed: Printed, as_json: bool) -> None:
-    if as_json:
-        write(json.dumps(printed.value, indent=2))
-        return
-    for line in printed.lines:
+    lines = [json.dumps(printed.value, indent=2)] if as_json and printed.value is not None else printed.lines
+    for line in lines:
         write(line)
 
 
-def run(args: Arguments, environment: Mapping[str, str]) -> int:
+def run_command(args: Arguments, environment: Mapping[str, str]) -> int:
     """One command; its exit status."""
     command: Command = args.command
     given = FLAGS if command.run is cmd_serve else {"data": FLAGS["data"]}
@@ -3945,7 +3844,7 @@ def run(args: Arguments, environment: Mapping[str, str]) -> int:
 def main(argv: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> int:
     args = make_parser().parse_args(argv)
     try:
-        return run(args, environment)
+        return run_command(args, environment)
     except (ServerError, Invalid) as problem:
         sys.stderr.write("netmaker-lite: %s\n" % problem)
         return 2 if isinstance(problem, Invalid) else 1

@@ -3,15 +3,31 @@
 
 from __future__ import annotations
 
-import binascii
 import contextlib
 import hashlib
 from pathlib import Path
 from typing import Any, Mapping
 
 from hypothesis import strategies as st
-from kernel import HAND_ADDRESSES, HAND_ROUTES, Kernel, RefusedByKernel, hand_commands
-from netclient_lite import Actual, Config, Desired, Peer, Step, View, networks_of
+from kernel import HAND_ADDRESSES, HAND_ROUTES, Kernel, RefusedByKernel, hand_commands, key_like
+
+from netclient_lite import (
+    Actual,
+    CommandFailed,
+    Config,
+    Context,
+    Desired,
+    Files,
+    Node,
+    Paths,
+    Peer,
+    Run,
+    Secret,
+    Step,
+    System,
+    View,
+    networks_of,
+)
 
 REPO = Path(__file__).resolve().parent.parent
 AGENT = REPO / "netclient_lite.py"
@@ -28,11 +44,6 @@ def recorded(what: str, tool: str = "") -> dict[str, str]:
     return found
 
 
-def key_of(name: str) -> str:
-    """The WireGuard key that belongs to a name: some 32 bytes."""
-    return binascii.b2a_base64(hashlib.blake2b(name.encode(), digest_size=32).digest(), newline=False).decode()
-
-
 def node_of(name: str) -> str:
     """The node id that belongs to a name."""
     return hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
@@ -40,7 +51,7 @@ def node_of(name: str) -> str:
 
 def record(name: str, **fields: Any) -> dict[str, Any]:
     """A peer record as the server sends it."""
-    return {"id": node_of(name), "name": name, "key": key_of(name), **fields}
+    return {"id": node_of(name), "name": name, "key": key_like(name), **fields}
 
 
 def own_settings(**fields: Any) -> dict[str, Any]:
@@ -61,15 +72,72 @@ def config_of(**fields: Any) -> Config:
     return Config({**Config.FIELDS, "network": "demo", "interface": IF, "servers": ["http://203.0.113.10:8081"], **fields})
 
 
+class ModelRun(Run):
+    """The door to processes, with the model of one interface behind it."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        super().__init__()
+        self.kernel = kernel
+
+    def __call__(self, *argv: str, stdin: str = "", detached: bool = False) -> str:
+        try:
+            return self.kernel(*argv, stdin=stdin)
+        except RefusedByKernel as no:
+            raise CommandFailed(argv, 2, str(no)) from no
+
+
+LAN = """2: eth0: <BROADCAST,MULTICAST,UP,LOWER_UP> mtu 1500 qdisc noqueue state UP group default qlen 1000
+    link/ether 02:00:00:00:00:01 brd ff:ff:ff:ff:ff:ff
+    inet 192.168.1.10/24 scope global eth0
+       valid_lft forever preferred_lft forever
+"""
+
+
+class Standing:
+    """A node on a machine whose interface is the model: up, in the LAN 192.168.1.0/24, without a server to speak to."""
+
+    def __init__(self, root: Path, view: View, interface: str = IF) -> None:
+        self.said: list[str] = []
+        self.kernel = Kernel(interface)
+        self.kernel("wireguard-go", interface)
+        self.kernel.others = LAN
+        run = ModelRun(self.kernel)
+        context = Context(Paths(str(root)), run, Files(), System(run, str(root)), self.said.append)
+        secret = Secret("demo", node_of("me"), "cap", b"a" * 32, b"z" * 32, b"s" * 32)
+        self.node = Node(context, config_of(port=51821, fixed=True, interface=interface), secret, PRIVATE)
+        self.node.memory.view = view
+
+    def settle(self) -> None:
+        """Read the machine and make it as the view says."""
+        self.node.read()
+        self.node.apply(self.node.memory.view)
+
+
+class Clock:
+    """Stands in for the module `time` in the agent: it moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now, self.wall = 10_000.0, 1_800_000_000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return self.wall
+
+    def sleep(self, seconds: float) -> None:
+        self.now, self.wall = self.now + seconds, self.wall + seconds
+
+
 # -- worlds ----------------------------------------------------------------------------------------------------------------
 
-KEYS = tuple(key_of(name) for name in "abcdef")
+KEYS = tuple(key_like(name) for name in "abcdef")
 ENDPOINTS = ("203.0.113.7:51821", "203.0.113.7:40007", "198.51.100.4:51821", "192.168.1.10:51821", "[2001:db8::7]:51821")
 OWNED = (
     *("10.20.30.5/32", "10.20.30.6/32", "10.20.30.0/24", "192.168.7.0/24", "192.168.0.0/16", "172.29.0.0/16"),
     *("fd00:20::5/128", "fd00:20::6/128", "fd00:7::/48", "2001:db8:7::/64"),
 )
-PRIVATE = key_of("our private key")
+PRIVATE = key_like("our private key")
 
 keys = st.sampled_from(KEYS)
 endpoints = st.sampled_from(ENDPOINTS)
@@ -84,7 +152,7 @@ def kernels(draw: st.DrawFn) -> Kernel:
     if draw(st.integers(0, 9)) == 0:
         return kernel
     kernel(*CREATE.argv)
-    kernel.private = draw(st.sampled_from((PRIVATE, PRIVATE, key_of("another private key"), "")))
+    kernel.private = draw(st.sampled_from((PRIVATE, PRIVATE, key_like("another private key"), "")))
     kernel.port = draw(ports)
     if draw(st.integers(0, 3)):
         kernel("ip", "link", "set", "dev", IF, "up")
@@ -105,7 +173,7 @@ def kernels(draw: st.DrawFn) -> Kernel:
 
 @st.composite
 def wishes(draw: st.DrawFn, kernel: Kernel) -> Desired:
-    """An interface as `desire` asks for it: at most one address of a kind, routes that hold their networks, no address owned twice."""
+    """An interface as `desire` asks for it: one address of a kind, routes that hold their networks, nothing owned twice."""
     kind = draw(st.sampled_from(("v4", "v6", "dual")))
     choice = {version: [text for text in HAND_ADDRESSES if (":" in text) == (version == "v6")] for version in ("v4", "v6")}
     chosen = [draw(st.sampled_from(choice[version])) for version in ("v4", "v6") if kind in (version, "dual")]
@@ -113,7 +181,7 @@ def wishes(draw: st.DrawFn, kernel: Kernel) -> Desired:
     routes = networks_of(addresses) | frozenset(draw(st.lists(st.sampled_from(HAND_ROUTES), max_size=5)))
     owned = {text: draw(keys) for text in draw(st.lists(st.sampled_from(OWNED), unique=True))}
     there = draw(st.lists(keys, unique=True))
-    peers = {}
+    peers: dict[str, Peer] = {}
     for key in there:
         mine = frozenset(text for text, owner in owned.items() if owner == key)
         wish = Peer(key, draw(st.one_of(st.just(""), endpoints)), mine, draw(keepalives))

@@ -6,8 +6,9 @@
     kernel.replay(plan(kernel.actual(), desired, create))
     assert kernel.actual() == …
 
-It refuses what Linux refuses: an address that is there already, a route on an interface that is down, a word that the tool does not
-know. What it knows of Linux was measured on 6.18, and can be measured again, against this machine (root, wireguard-go):
+What only asks (`wg show`, `ip addr show`, `ip route show`) is answered in the tools' own form, so that a System can read it.
+It refuses what Linux refuses: an address that is there already, a route on an interface that is down, a word that the tool does
+not know. What it knows of Linux was measured on 6.18, and can be measured again on this machine (root, wireguard-go):
 
     unshare -n -m -p --fork --kill-child --mount-proc python tests/kernel.py 300 SEED
 
@@ -16,6 +17,8 @@ walks 300 random commands on a real interface and on the model, and compares the
 
 from __future__ import annotations
 
+import binascii
+import hashlib
 import ipaddress
 import os
 import random
@@ -23,7 +26,7 @@ import shlex
 import subprocess
 import sys
 import time
-from typing import Any, Iterable, Iterator, List, Mapping, NamedTuple, Sequence
+from typing import Any, Iterable, Iterator, Mapping, NamedTuple, Sequence
 
 if __name__ == "__main__":
     sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -71,9 +74,10 @@ class Kernel:
         self.interface, self.busybox = interface, busybox
         self.exists = False
         self.private, self.port, self.mtu, self.up = "", 0, NEW_MTU, False
-        self.addresses: List[Address] = []
-        self.routes: List[Route] = []
+        self.addresses: list[Address] = []
+        self.routes: list[Route] = []
         self.peers: dict[str, LivePeer] = {}
+        self.others = ""  # what `ip addr show` prints about other interfaces
         self.ran: list[tuple[str, ...]] = []
 
     def actual(self) -> Actual:
@@ -89,10 +93,12 @@ class Kernel:
         for step in steps:
             self(*step.argv, stdin=step.stdin)
 
-    def __call__(self, *argv: str, stdin: str = "") -> None:
-        """Run one command."""
-        self.ran.append(argv)
+    def __call__(self, *argv: str, stdin: str = "") -> str:
+        """Run one command; what it prints."""
         words = list(argv)
+        if "show" in words:
+            return self._show(words)
+        self.ran.append(argv)
         if words == ["wireguard-go", self.interface] or words[1:] == ["link", "add", "dev", self.interface, "type", "wireguard"]:
             self._create()
         elif words[:2] == ["wg", "set"]:
@@ -101,6 +107,7 @@ class Kernel:
             self._ip(words[1:], stdin)
         else:
             raise RefusedByKernel(f"no such command: {shlex.join(argv)}")
+        return ""
 
     def _create(self) -> None:
         self._refuse_if(self.exists, "File exists")
@@ -110,6 +117,41 @@ class Kernel:
     def _refuse_if(self, wrong: bool, why: str) -> None:
         if wrong:
             raise RefusedByKernel(f"{self.interface}: {why}")
+
+    # -- what it shows -------------------------------------------------------------------------------------------------
+
+    def _show(self, words: list[str]) -> str:
+        if words == ["ip", "addr", "show"]:
+            return self.others + self._shown_link() if self.exists else self.others
+        self._refuse_if(not self.exists or self.interface not in words, "No such device")
+        if words[0] == "wg":
+            return self._shown_dump()
+        if "addr" in words:
+            return self._shown_link()
+        version = 6 if "-6" in words else 4
+        return "".join(self._shown_route(route) for route in self.routes if route.version == version)
+
+    def _shown_dump(self) -> str:
+        public = key_like(self.private) if self.private else "(none)"
+        lines: list[tuple[str, ...]] = [(self.private or "(none)", public, str(self.port), "off")]
+        lines += [_shown_peer(peer) for peer in self.peers.values()]
+        return "".join("\t".join(line) + "\n" for line in lines)
+
+    def _shown_link(self) -> str:
+        flags, state = ("UP,LOWER_UP", "UNKNOWN") if self.up else ("", "DOWN")
+        flags = ("POINTOPOINT,MULTICAST,NOARP," + flags).rstrip(",")
+        head = f"7: {self.interface}: <{flags}> mtu {self.mtu} qdisc noop state {state} group default qlen 500\n    link/none \n"
+        return head + "".join(self._shown_address(address) for address in self.addresses)
+
+    def _shown_address(self, address: Address) -> str:
+        word, name = ("inet", f" {self.interface}") if address.version == 4 else ("inet6", " ")
+        scope = "scope global secondary" if address.secondary else "scope global"
+        return f"    {word} {address.text} {scope}{name}\n       valid_lft forever preferred_lft forever\n"
+
+    def _shown_route(self, route: Route) -> str:
+        bare = route.to[: -len("/32")] if route.to.endswith("/32") else route.to.replace("/128", "")
+        tail = {4: "scope link", 6: f"metric {256 if route.kernel else 1024} pref medium"}[route.version]
+        return f"{bare} {'proto kernel ' if route.kernel else ''}{tail} \n"
 
     # -- wg ------------------------------------------------------------------------------------------------------------
 
@@ -136,7 +178,9 @@ class Kernel:
             keepalive=int(values.get("persistent-keepalive", peer.keepalive)),
         )
         if "allowed-ips" in values:
-            allowed = frozenset(str(ipaddress.ip_network(text, strict=False)) for text in values["allowed-ips"].split(",") if text)
+            allowed = frozenset(
+                str(ipaddress.ip_network(text, strict=False)) for text in values["allowed-ips"].split(",") if text
+            )
             for other in list(self.peers.values()):  # an address moves from one peer to another
                 self.peers[other.key] = other._replace(allowed=other.allowed - allowed)
             peer = peer._replace(allowed=allowed)
@@ -243,6 +287,17 @@ class Kernel:
         self.routes.remove(found[-1] if found[0].version == 6 else found[0])
 
 
+def key_like(text: str) -> str:
+    """Some key that belongs to a text."""
+    return binascii.b2a_base64(hashlib.blake2b(text.encode(), digest_size=32).digest(), newline=False).decode()
+
+
+def _shown_peer(peer: LivePeer) -> tuple[str, ...]:
+    ranges = ",".join(sorted(peer.allowed)) or "(none)"
+    numbers = (str(peer.handshake), str(peer.rx), str(peer.tx))
+    return (peer.key, "(none)", peer.endpoint or "(none)", ranges, *numbers, str(peer.keepalive or "off"))
+
+
 def _split_before(words: Sequence[str], mark: str) -> Iterator[list[str]]:
     """What stands before the first mark, then a list from each mark to the next."""
     part: list[str] = []
@@ -272,6 +327,28 @@ HAND_ROUTES = (
     *("10.20.30.0/24", "10.20.0.0/16", "192.168.7.0/24", "192.168.0.0/16", "10.98.0.1/32", "172.29.0.0/16"),
     *("fd00:20::/64", "fd00:7::/48", "fd00:98::1/128", "2001:db8:7::/64"),
 )
+
+
+HAND_PEERS = tuple(key_like(name) for name in "abc")
+HAND_OWNED = ("10.20.30.5/32", "192.168.7.0/24", "192.168.0.0/16", "fd00:7::/48", "fd00:20::5/128")
+HAND_ENDPOINTS = ("127.0.0.1:9", "203.0.113.7:51821", "[2001:db8::7]:51821")
+
+
+def hand_peer_command(interface: str, chance: random.Random) -> tuple[str, ...]:
+    """A change of some peers, as `wg set` takes it."""
+    words: list[str] = []
+    for key in chance.sample(HAND_PEERS, chance.randint(1, 3)):
+        if chance.random() < 0.2:
+            words += ["peer", key, "remove"]
+            continue
+        words += ["peer", key]
+        if chance.random() < 0.5:
+            words += ["allowed-ips", ",".join(chance.sample(HAND_OWNED, chance.randint(0, 3)))]
+        if chance.random() < 0.3:
+            words += ["endpoint", chance.choice(HAND_ENDPOINTS)]
+        if chance.random() < 0.3:
+            words += ["persistent-keepalive", chance.choice(("0", "20", "25"))]
+    return ("wg", "set", interface, *words)
 
 
 def hand_commands(interface: str) -> list[tuple[str, ...]]:
@@ -307,6 +384,8 @@ def walk(steps: int, seed: str, interface: str = "nm-model") -> str:
     try:
         for number in range(steps):
             command = chance.choice(commands if number % 5 == 0 else usual)
+            if number % 3 == 0:
+                command = hand_peer_command(interface, chance)
             told = {"machine": _outcome(run, command), "model": _outcome(model, command)}
             real, ours = _known(system.actual(interface, system.links())), _known(model.actual())
             if told["machine"] != told["model"] or real != ours:
@@ -319,7 +398,9 @@ def walk(steps: int, seed: str, interface: str = "nm-model") -> str:
 def _known(actual: Actual) -> Any:
     """What the model speaks of: the order counts among IPv4 addresses alone."""
     four = [text for text in actual.addresses if ":" not in text]
-    return actual._replace(port=0, private="", addresses=None), four, frozenset(actual.addresses)  # type: ignore[arg-type]
+    peers = {key: peer._replace(handshake=0, rx=0, tx=0) for key, peer in actual.peers.items()}
+    bare = actual._replace(port=0, private="", addresses=type(actual.addresses)(), peers=peers)
+    return bare, four, frozenset(actual.addresses)
 
 
 def _outcome(tool: Any, command: Sequence[str]) -> str:

@@ -145,9 +145,7 @@ class Said:
 class Client:
     """A node as the protocol knows it, without WireGuard. It follows deltas like an agent."""
 
-    def __init__(
-        self, home: Server, network: str = "default", source: str = "198.51.100.1", sealed: bool = False
-    ) -> None:
+    def __init__(self, home: Server, network: str = "default", source: str = "198.51.100.1", sealed: bool = False) -> None:
         self.home, self.network, self.source = home, network, source
         self.mode = "s" if sealed else "p"
         self.auth = os.urandom(32)
@@ -169,9 +167,7 @@ class Client:
         return bytes(box.encrypt(body)) if self.mode == "s" and body else body
 
     def opened(self, line: str, headers: Mapping[str, str], body: bytes) -> Said:
-        answer = agent.Answer(
-            self.key("answer mac"), line.rpartition(" ")[2], headers.get("nm-lite", ""), body
-        )
+        answer = agent.Answer(self.key("answer mac"), line.rpartition(" ")[2], headers.get("nm-lite", ""), body)
         plain = agent.unseal(agent.secret_box(self.key("seal")), body) if self.mode == "s" else body
         return Said(answer.status, plain, answer)
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import ipaddress
 
-import netmaker_lite as server
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+import netmaker_lite as server
 from netclient_lite import Invalid
 
 
@@ -17,6 +18,9 @@ class Book:
 
     def __init__(self):
         self.nodes = {}
+
+    def __iter__(self):
+        return iter((self.held, self.released))
 
     def held(self, address):
         return None if address not in self.nodes else self.nodes[address] is not None
@@ -65,10 +69,10 @@ def test_no_address_twice_nor_network_nor_broadcast(texts, story):
             continue
         wishes = [each[0].address(min(choice + 1, each[0].last))] if what == "w" else []
         try:
-            placement = server.place(each, cursor, wishes, book)
+            placement = server.place(each, cursor, wishes, *book)
         except server.Clash:
             smallest = min(pool.last for pool in each)
-            assert wishes or len(living) >= min(smallest, len(living)) and smallest < 60
+            assert wishes or (len(living) >= min(smallest, len(living)) and smallest < 60)
             continue
         assert not wishes or placement.addresses[0] == wishes[0]
         book.take(placement, number)
@@ -84,28 +88,28 @@ def test_no_address_twice_nor_network_nor_broadcast(texts, story):
 def test_every_address_is_used_before_it_is_full(text):
     book, cursor, pool = Book(), 1, server.pools(text)
     for node in range(pool[0].last):
-        placement = server.place(pool, cursor, (), book)
+        placement = server.place(pool, cursor, (), *book)
         book.take(placement, node)
         cursor = placement.cursor
     with pytest.raises(server.Clash, match="every address"):
-        server.place(pool, cursor, (), book)
+        server.place(pool, cursor, (), *book)
     book.release(1)
     book.release(0)
-    assert server.place(pool, cursor, (), book).addresses == (pool[0].address(2),)  # the longest released
+    assert server.place(pool, cursor, (), *book).addresses == (pool[0].address(2),)  # the longest released
 
 
 def test_dual_stack_shares_the_host_number():
     pools = server.pools("10.20.30.0/24", "fd00:20:30::/64")
-    placement = server.place(pools, 7, (), Book())
+    placement = server.place(pools, 7, (), *Book())
     assert placement == server.Placement(("10.20.30.7", "fd00:20:30::7"), 8)
-    wished = server.place(pools, 7, ("10.20.30.99", ""), Book())
+    wished = server.place(pools, 7, ("10.20.30.99", ""), *Book())
     assert wished == server.Placement(("10.20.30.99", "fd00:20:30::63"), 7)
 
 
 @pytest.mark.parametrize("wish", ["10.20.30.0", "10.20.30.255", "10.20.31.1", "fd00::1"])
 def test_a_wish_outside_is_refused(wish):
     with pytest.raises(Invalid, match="no address that a node"):
-        server.place(server.pools("10.20.30.0/24"), 1, (wish,), Book())
+        server.place(server.pools("10.20.30.0/24"), 1, (wish,), *Book())
 
 
 @pytest.mark.parametrize(
@@ -158,5 +162,5 @@ def test_extra_routes():
     assert server.check_routes("192.168.7.1/24, fd01::/64", ["10.0.0.0/8"]) == "192.168.7.0/24,fd01::/64"
     with pytest.raises(Invalid, match="all traffic"):
         server.check_routes("0.0.0.0/0", [])
-    with pytest.raises(server.Clash, match="overlaps 10.0.0.0/8"):
+    with pytest.raises(server.Clash, match="overlaps 10"):
         server.check_routes("10.1.0.0/16", ["10.0.0.0/8"])

@@ -11,11 +11,12 @@ import threading
 import time
 from pathlib import Path
 
-import netclient_lite as agent
-import netmaker_lite as server
 import pytest
 from make_vectors import vectors
 from serverkit import Client, Server, clients, settle, wireguard_key
+
+import netclient_lite as agent
+import netmaker_lite as server
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -90,7 +91,7 @@ def test_a_join_altered_anywhere_is_refused(home, part):
     body = other.join_body(key, nonce)
     line = other.join_line(body, other.incarnation, nonce)
     fields = line.split(" ")
-    fields[part] = ("2" if part == 0 else flipped(fields[part]))
+    fields[part] = "2" if part == 0 else flipped(fields[part])
     status, headers, _ = home.post(agent.JOIN_PATH, " ".join(fields), body, other.source)
     assert status in (400, 403, 404) and "nm-lite" not in headers
     status, headers, _ = home.post(agent.JOIN_PATH, line, body.replace(b"facts", b"fact2"), other.source)
@@ -596,9 +597,7 @@ def test_parked_polls_are_bounded_and_shut_nobody_out(tmp_path):
     settle(nodes)
     threads = [polled(nodes[0]) for _ in range(3)]
     parked(home, 3)
-    _, headers, body = home.get(
-        "%s%s?have=%s&wait=20" % (agent.LOOK_PATH, nodes[1].look, nodes[1].have), nodes[1].source
-    )
+    _, headers, body = home.get("%s%s?have=%s&wait=20" % (agent.LOOK_PATH, nodes[1].look, nodes[1].have), nodes[1].source)
     assert headers["retry-after"] == "15" and body.decode() == nodes[1].have
     assert nodes[1].exchange().status == 204
     home.agents.bell.stop()

@@ -12,10 +12,11 @@ import sys
 import time
 from pathlib import Path
 
-import netmaker_lite as server
 import pytest
-from netclient_lite import parse_token
 from serverkit import Client
+
+import netmaker_lite as server
+from netclient_lite import parse_token
 
 PROGRAM = Path(__file__).resolve().parent.parent / "netmaker_lite.py"
 
@@ -166,6 +167,7 @@ def test_errors_are_one_sentence(run, done, words, status, sentence):
         ({"TRUSTED_PROXIES": "nonsense"}, "TRUSTED_PROXIES"),
         ({"SERVER_API_CONN_STRING": "ftp://x"}, "SERVER_API_CONN_STRING"),
         ({"VERBOSITY": "9"}, "VERBOSITY=9"),
+        ({"SERVER_HOST": "a b"}, "SERVER_HOST=a b"),
     ],
 )
 def test_settings_that_cannot_be(run, environment, sentence):
@@ -285,6 +287,23 @@ def test_help_of_every_command(run):
     for command in server.COMMANDS:
         status, out, _ = run(command.words + " --help")
         assert status == 0 and command.help in " ".join(out.split())
+
+
+def test_the_address_in_tokens(tmp_path):
+    def urls(**values):
+        return server.own_urls(server.Settings({}, {"NETMAKER_DATA": str(tmp_path), **values}))
+
+    assert urls(SERVER_HOST="[2001:db8::1]") == urls(SERVER_HOST="2001:db8::1") == ("http://[2001:db8::1]:8081",)
+    assert urls(SERVER_HOST="x.example", API_PORT="80") == ("http://x.example:80",)
+    assert urls(SERVER_API_CONN_STRING="https://a/nm/, b:81") == ("https://a/nm", "http://b:81")
+    assert urls() == ("http://%s:8081" % server.default_address(),)
+
+
+def test_both_families_at_once(tmp_path):
+    sock = server.listener("::", 0)
+    for address in ("127.0.0.1", "::1"):
+        socket.create_connection((address, sock.getsockname()[1]), 5).close()
+    sock.close()
 
 
 def test_this_hosts_own_addresses():
