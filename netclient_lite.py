@@ -41,7 +41,7 @@ __version__ = "0.1.0"
 # ---------------------------------------------------------------------------------------------------------------------
 # WIRE
 # ---------------------------------------------------------------------------------------------------------------------
-# A check-in every 15 s is the hot path of the whole product, so this section imports C built-ins only: `import json` alone costs as
+# A check-in every 15 s is the hot path of the product, so this section imports C built-ins only: `import json` alone costs as
 # much as starting Python. The private names are CPython's; the public modules stand in where they are missing.
 
 import sys
@@ -929,7 +929,7 @@ class Desired(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where this machine stands, for choosing endpoints: the address the server sees, own subnets, LAN hash, the network's kind."""
+    """Where this machine stands: the address that the server sees, own subnets, LAN hash, what kind of network it is."""
 
     seen: str = ""
     subnets: tuple[str, ...] = ()
@@ -1029,7 +1029,7 @@ class Memory:
 
 
 def parse_dump(text: str) -> Actual:
-    """`wg show IF dump`: one line for the interface, one for each peer, parted by tabs. Only what that command knows is filled in."""
+    """`wg show IF dump`: a line for the interface, one for each peer, fields parted by tabs."""
     lines = [line.split("\t") for line in text.splitlines() if line]
     if not lines or len(lines[0]) != 4 or any(len(line) != 8 for line in lines[1:]):
         raise Invalid("`wg show … dump` printed something that this agent cannot read")
@@ -1049,7 +1049,7 @@ def _live_peer(field: Sequence[str]) -> LivePeer:
 
 
 def parse_links(text: str) -> dict[str, tuple[bool, int, list[str]]]:
-    """`ip addr show` of iproute2 or BusyBox: interface -> (up, mtu, addresses with prefix length). Link-local addresses are left out."""
+    """`ip addr show` of iproute2 or BusyBox: interface -> (up, mtu, addresses with prefix length), without link-local ones."""
     links: dict[str, tuple[bool, int, list[str]]] = {}
     name = ""
     for line in text.splitlines():
@@ -1067,7 +1067,7 @@ def parse_links(text: str) -> dict[str, tuple[bool, int, list[str]]]:
 
 
 def parse_routes(text: str) -> frozenset[str]:
-    """`ip route show dev IF`: the destinations, as networks. The default route, link-local and multicast ones are not ours to know."""
+    """`ip route show dev IF`: the destinations, as networks; without default, link-local and multicast ones."""
     found = set()
     for line in text.splitlines():
         word = line.split()
@@ -1146,7 +1146,7 @@ def parse_me(me: Any) -> dict[str, Any]:
 
 
 def parse_news(view: View, body: bytes) -> View:
-    """The view after a 200: the delta laid over what is known, or the snapshot. BadAnswer when it does not fit; nothing is half taken."""
+    """The view after a 200: a delta laid over what is known, or a snapshot. BadAnswer when it does not fit."""
     try:
         news = json.loads(body)
         after = View(view.values())
@@ -1184,7 +1184,7 @@ def inside(address: str, networks: Iterable[str]) -> bool:
 def candidates(record: Mapping[str, Any], place: Place) -> list[str]:
     """The endpoints worth trying for a peer, best first (SPEC: static; local in the same LAN; observed; seen by the server).
 
-    A local address without proof that the LAN is the same comes last here: it is tried in turn, and only while there is no handshake.
+    A local address without proof that the LAN is the same comes last: tried in turn, only while there is no handshake.
     """
     if record.get("static"):
         return [record["static"]]
@@ -1230,7 +1230,7 @@ def allowed_ips(record: Mapping[str, Any]) -> list[str]:
 
 
 def guarded(view: View, node: str, keep_out: Sequence[str]) -> tuple[dict[str, frozenset[str]], list[str]]:
-    """Allowed IPs by node, no address owned twice, and none that would swallow an address of `keep_out` (server, endpoints, own LAN).
+    """Allowed IPs by node: no address owned twice, no range that swallows one of `keep_out` (server, endpoints, own LAN).
 
     Returns them with a sentence for each range left out.
     """
@@ -1263,7 +1263,7 @@ def guarded(view: View, node: str, keep_out: Sequence[str]) -> tuple[dict[str, f
 def desire(
     view: View, node: str, config: Config, private: str, endpoints: Mapping[str, str], keep_out: Sequence[str] = ()
 ) -> tuple[Desired, list[str]]:
-    """The interface that the view asks for. `endpoints`: chosen ones by node, see choose_endpoint. Also the warnings of the guards."""
+    """The interface that the view asks for, and the guards' warnings. `endpoints`: by node, from choose_endpoint."""
     me = view.me
     ranges = [me[width] for width in ("range", "range6") if me.get(width)]
     addresses = [me[kind] + "/" + me[width].split("/")[1] for kind, width in (("ip", "range"), ("ip6", "range6")) if me.get(kind)]
@@ -1286,7 +1286,7 @@ def _within(text: str, ranges: Sequence[str]) -> bool:
 def plan(actual: Actual, desired: Desired, create: Step, batch: bool = False) -> list[Step]:
     """The shortest list of steps from what is to what shall be; empty when nothing differs. Pure.
 
-    `create` makes the interface; `batch`: `ip -batch` is there. Unchanged peers are in no step, and the interface is never deleted.
+    `create` makes the interface; `batch`: `ip -batch` is there. Unchanged peers are in no step; no interface is deleted.
     """
     steps = [] if actual.exists else [create]
     steps += _plan_device(actual, desired)
@@ -1333,8 +1333,8 @@ def _address_step(interface: str, verb: str, address: str) -> Step:
 
 
 def plan_peers(actual: Actual, desired: Desired) -> list[Step]:
-    """One `wg` for all removals, one for all new and changed peers. A changed peer gets only what differs: naming allowed-ips again
-    would empty them for a moment."""
+    """One `wg` for all removals, one for all new and changed peers, which get only what differs: allowed-ips named again would be
+    empty for a moment."""
     gone = sorted(set(actual.peers) - set(desired.peers))
     steps = []
     if gone:
@@ -1396,7 +1396,7 @@ def show(line: str, dry: bool) -> None:
 class Run:
     """The only place that starts processes: argument lists, never a shell; secrets through standard input.
 
-    `echo` prints each command that changes the machine, as `[#] ip …`, so that the log can be pasted into a shell; `dry` prints and does not run.
+    `echo` prints each command that changes the machine; `dry` prints and does not run.
     """
 
     def __init__(self, dry: bool = False, echo: bool = False) -> None:
@@ -1627,7 +1627,7 @@ class System:
         return blake2b(hardware.encode(), digest_size=4).hexdigest() if hardware else ""
 
     def machine_hash(self) -> str:
-        """A hash that stays with the hardware and differs on a clone: the MACs of its real cards (else of any), and the machine id."""
+        """A hash that stays with the hardware and differs on a clone: the MACs of its cards, and the machine id."""
         cards = {}
         for name in sorted(os.listdir("/sys/class/net") if os.path.isdir("/sys/class/net") else ()):
             if not OVERLAY_OR_CONTAINER.match(name):
@@ -1659,7 +1659,7 @@ class System:
         return True
 
     def step_clock(self, server_time: int) -> str:
-        """Compare with the authenticated server time; step forward, never back, where no RTC keeps the clock. What happened, or ""."""
+        """Compare with the server's time; step forward, never back, where no RTC keeps the clock. What happened, or ""."""
         behind = server_time - time.time()
         if behind < 60:
             return ""
@@ -1759,7 +1759,7 @@ class Session:
         self.server = ""
 
     def exchange(self, report: Mapping[str, Any] | None = None) -> tuple[Answer, Any]:
-        """An authenticated exchange: (answer, its body from JSON or None). Refused when the server says no, Unreachable when none answers."""
+        """(answer, its body from JSON or None). Refused when the server says no, Unreachable when none answers."""
         done: tuple[Answer, Any] = self._any_server(lambda server: self._exchange(server, report))
         return done
 
@@ -1805,7 +1805,10 @@ class Session:
         except (OSError, BadAnswer, ValueError):
             return f"gives no answer that counts: {bad} (a captive portal?)"
         if other != self.secret.pin:
-            return f"has another key than the one this agent trusts ({b64(other)}, not {b64(self.secret.pin)}): refused. If the server was made new on purpose, join again with --force"
+            trusted = f"({b64(other)}, not {b64(self.secret.pin)})"
+            return (
+                f"has another key than the one this agent trusts {trusted}: refused. If it was made new on purpose, join --force"
+            )
         return f"gives no answer that counts: {bad}"
 
     def _send(self, server: str, path: str, line: str, body: bytes) -> Reply:
@@ -1912,9 +1915,9 @@ class Context(NamedTuple):
 
 
 def watch(memory: Memory, actual: Actual, wall: float, now: float) -> set[str]:
-    """The keys of peers whose session lives; notes in the memory when bytes came last and since when a peer is without a handshake.
+    """The keys of peers whose session lives; the memory notes when bytes came last, and since when there is no handshake.
 
-    A handshake younger than 180 s, and, where keepalives are sent, bytes received within the last minute: keepalives come every 20 s.
+    A handshake younger than 180 s, and, with keepalives (every 20 s), bytes received within the last minute.
     """
     fresh = set()
     for key, live in actual.peers.items():
@@ -1973,7 +1976,7 @@ def reported(memory: Memory, told: Mapping[str, Any]) -> None:
 
 
 def lingering(memory: Memory, before: View, after: View, snapshot: bool, now: float) -> None:
-    """Peers that a restored server no longer knows stay for an hour: it may only have forgotten them. Changes `after` and the memory."""
+    """Peers that a restored server no longer knows stay for an hour. Changes `after` and the memory."""
     if snapshot and before.incarnation not in ("-", after.incarnation):
         memory.kept = {node: now + KEEP_AFTER_RESTORE for node in before.peers if node not in after.peers}
     for node, until in list(memory.kept.items()):
@@ -2032,7 +2035,7 @@ class Node:
             private = check_key(read_text(paths.of(kind, network)).strip())
         except ValueError as bad:
             raise NetclientError(
-                f"{paths.of(kind, network)} is missing or damaged: join again with --force and a fresh token, or leave -n {network}"
+                f"{paths.of(kind, network)} is missing or damaged: join --force with a fresh token, or leave -n {network}"
             ) from bad
         return cls(context, config, secret, private)
 
@@ -2054,7 +2057,7 @@ class Node:
         self.files.volatile(self.paths.of("memory", self.config.network), self.memory.text())
 
     def save_good(self, at_once: bool = False) -> None:
-        """The last good state to flash: with a change of the mesh, at most once a minute; with new endpoints alone once an hour."""
+        """The last good state to flash: at a change of the mesh, at most once a minute; for endpoints alone once an hour."""
         memory, now = self.memory, time.monotonic()
         age = now - memory.flashed if 0 < memory.flashed <= now else float("inf")
         path = self.paths.of("peers", self.config.network)
@@ -2192,7 +2195,7 @@ class Node:
         }
 
     def _local_address(self) -> str:
-        """This machine's address in its LAN: in --localrange, else the one that the conversation with the server uses, else any."""
+        """The address in the own LAN: in --localrange, else the one that the talk with the server uses, else any."""
         found = [text.split("/")[0] for text in self.place.subnets]
         if self.config.localrange:
             found = [address for address in found if inside(address, [self.config.localrange])]
@@ -2307,7 +2310,7 @@ class Node:
         view, old = self.memory.view, View(trial)
         self.memory.rejected = {"word": view.word, "reason": "the server could not be reached any more after applying it"}
         self.context.say(
-            f"{self.config.network}: revision {view.word} cut this machine off from the server: its addresses and routes are taken back"
+            f"{self.config.network}: revision {view.word} cut the server off: its addresses and routes are taken back"
         )
         view.me, view.word = old.me, old.word
         self.counters.word, self.memory.trial = old.word, None
@@ -2524,7 +2527,7 @@ class Systemd:
 
 
 def settle_in(context: Context) -> str:
-    """Make `/etc/netclient/netclient`, a launcher with a path that stays; a lone file copies itself beside it. Returns the launcher's path."""
+    """Make `/etc/netclient/netclient`, a launcher whose path stays; a lone file copies itself beside it. The launcher's path."""
     import py_compile
 
     home, here = context.paths.home, os.path.abspath(__file__)
@@ -2628,7 +2631,7 @@ def _locked(context: Context, network: str) -> int:
 
 
 def access_token(options: Options) -> Token:
-    """The token of --token, with what other flags say beside it; else the one that --apiserver, -n, --key and --server-key make."""
+    """What --token says and other flags add; else what --apiserver, -n, --key and --server-key make."""
     token = parse_token(options.token) if options.token else None
     if token is None and not (options.apiserver and options.network):
         raise UsageError("join needs a token (-t TOKEN), or the server and the network (--apiserver HOST:PORT -n NET [-k KEY])")
@@ -2681,7 +2684,7 @@ def trusted_pin(context: Context, token: Token, options: Options) -> bytes:
     secrets = {options.key, options.token, options.privatekey}
     line = " ".join("…" if word in secrets else word for word in sys.argv[1:] if word != "join")
     raise NetclientError(
-        f"the server's key is not known and nobody is there to confirm it. If {b64(pin)} is what `netmaker-lite serve` printed, run: "
+        f"nobody is there to confirm the server's key. If {b64(pin)} is what `netmaker-lite serve` printed, run: "
         f"netclient-lite join {line} --server-key {b64(pin)}"
     )
 
@@ -2699,7 +2702,7 @@ def prepare(context: Context, token: Token, options: Options) -> Node:
     port = _join_port(context, options, _loaded(read_text(Paths(paths.root).of("netconfig", network))).get("port", 0))
     if context.system.exists(interface) and not options.force:
         raise NetclientError(
-            f"an interface {interface} is there already: remove it (ip link del {interface}), or join with --force or another --interface"
+            f"an interface {interface} is there: remove it (ip link del {interface}), or join with --force or another --interface"
         )
     wishes = {name: getattr(options, name) for name in WISHES if getattr(options, name) is not None}
     wishes["name"] = check_name(options.name) if options.name else fold_name(os.uname().nodename)
@@ -2799,9 +2802,7 @@ def join(context: Context, node: Node) -> ExitStatus:
     nudge_daemon(context)
     me = node.memory.view.me
     if node.memory.view.state == "pending":
-        print(
-            f"{network}: asked to join; an administrator has to approve it (netmaker-lite node approve {network} {node.secret.node})"
-        )
+        print(f"{network}: asked to join; to be approved by: netmaker-lite node approve {network} {node.secret.node}")
     else:
         where = " and ".join(me[kind] for kind in ("ip", "ip6") if me.get(kind))
         print(f"{network}: joined as {me['name']} with {where} on {node.config.interface}, port {node.config.port}")

@@ -692,9 +692,10 @@ class Joined(peewee.Model):
         primary_key = peewee.CompositeKey("network", "auth")
 
 
+NOT_REMOVED = peewee.SQL("state != 'removed'")  # as text: older peewees bind values here, which no database takes
 Node.add_index(Node.index(Node.network, Node.auth, unique=True))
-Node.add_index(Node.index(Node.network, Node.name, unique=True, where=(Node.state != REMOVED), name="node_name"))
-Node.add_index(Node.index(Node.network, Node.key, unique=True, where=(Node.state != REMOVED), name="node_key"))
+Node.add_index(Node.index(Node.network, Node.name, unique=True, where=NOT_REMOVED, name="node_name"))
+Node.add_index(Node.index(Node.network, Node.key, unique=True, where=NOT_REMOVED, name="node_key"))
 Node.add_index(Node.index(Node.network, Node.changed))
 Node.add_index(Node.index(Node.network, Node.own_changed))
 Node.add_index(Node.index(Node.network, Node.state))
@@ -1244,7 +1245,7 @@ class Mesh:
             self.log = sorted((member.row.changed, key) for key, member in self.members.items())
 
     def shared(self, since: int) -> bytes:
-        """Word, records and the gone ones since a counter (-1: all), without the braces."""
+        """Records, and nodes that are gone, since a counter (-1: all): the members of the answer that all nodes share."""
         with self.lock:
             blob = self.blobs.get(since)
             if blob is None:

@@ -81,7 +81,9 @@ need_checkout() {
 
 only_one() { # the lock is held as long as this process lives; what it leaves running closes it
 	exec 9>"$NM_RUN/$SERVER.quickstart.lock"
-	! have flock || flock -n 9 || die "another quickstart is running: wait until it has ended"
+	have flock && ! flock -n 9 || return 0
+	say "another quickstart is running: waiting until it has ended"
+	flock -w 300 9 || die "the other quickstart still runs after 5 minutes: end it, then run this again"
 }
 
 choose_python() { # the system's first: the server's user can run it, root's own Pythons it cannot
