@@ -1658,18 +1658,18 @@ class System:
                 sock.close()
         return True
 
-    def step_clock(self, server_time: int) -> str:
-        """Compare with the server's time; step forward, never back, where no RTC keeps the clock. What happened, or ""."""
-        behind = server_time - time.time()
+    def step_clock(self, known: float, whose: str) -> str:
+        """Compare with a time that has surely been; step forward, never back, where no RTC keeps the clock. What happened."""
+        behind = known - time.time()
         if behind < 60:
             return ""
         if os.path.exists("/sys/class/rtc/rtc0") or self.run.dry:
-            return "the clock is %d s behind the server's: WireGuard's peers may ignore this node until it is set (ntpd)" % behind
+            return f"the clock is {behind:.0f} s behind {whose}: WireGuard's peers may ignore this node until it is set (ntpd)"
         try:
-            time.clock_settime(time.CLOCK_REALTIME, float(server_time))
-        except (OSError, PermissionError) as bad:
-            return "the clock is %d s behind and cannot be set (%s)" % (behind, bad)
-        return "the clock was %d s behind and has been set to the server's time" % behind
+            time.clock_settime(time.CLOCK_REALTIME, known)
+        except OSError as bad:
+            return f"the clock is {behind:.0f} s behind {whose} and cannot be set ({bad.strerror})"
+        return f"the clock was {behind:.0f} s behind {whose} and has been set forward"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2211,10 +2211,13 @@ class Node:
         answer, data = self.session.exchange(told)
         reported(self.memory, told)
         self.memory.exchanged = now
-        said = self.context.system.step_clock(answer.time)
+        self._clock(answer.time, "the server's")
+        return data
+
+    def _clock(self, known: float, whose: str) -> None:
+        said = self.context.system.step_clock(known, whose)
         if said:
             self.context.say(f"{self.config.network}: {said}")
-        return data
 
     def check_in(self, handed: Answer | None = None, afresh: bool = False) -> None:
         """One check-in: repair the machine from what is known, ask, apply what is new, confirm, remember.
@@ -2222,6 +2225,8 @@ class Node:
         afresh: take a snapshot whatever is known. Raises Refused, Unreachable and CommandFailed; the machine is then as the last
         authenticated answer wants it.
         """
+        files = [self.paths.of(kind, self.config.network) for kind in (*MEMBERSHIP, "peers")]
+        self._clock(max((os.path.getmtime(path) for path in files if os.path.exists(path)), default=0.0), "its own files'")
         self.read()
         self.apply(self.memory.view)
         if afresh:
@@ -2743,7 +2748,7 @@ def _prove(context: Context, config: Config, secret: Secret) -> None:
         answer = Session(config, secret, Counters(), lambda: None).prove()
     except Unreachable as bad:
         raise Unreachable(f"nothing was changed: {bad}") from bad
-    said = context.system.step_clock(answer.time)
+    said = context.system.step_clock(answer.time, "the server's")
     if said:
         context.say(said)
 
