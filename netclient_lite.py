@@ -1145,10 +1145,9 @@ def parse_me(me: Any) -> dict[str, Any]:
     return clean
 
 
-def parse_news(view: View, body: bytes) -> View:
+def parse_news(view: View, news: Any) -> View:
     """The view after a 200: a delta laid over what is known, or a snapshot. BadAnswer when it does not fit."""
     try:
-        news = json.loads(body)
         after = View(view.values())
         after.word, after.state = str(news["word"]), str(news.get("state", "active"))
         if not re.fullmatch(r"\d{1,15}\.[0-9a-f]{8}", after.word):
@@ -1164,8 +1163,6 @@ def parse_news(view: View, body: bytes) -> View:
         if "me" in news:
             after.me = parse_me(news["me"])
         return after
-    except RecursionError as bad:
-        raise BadAnswer("the server's answer is nested too deeply") from bad
     except (KeyError, TypeError, ValueError, AttributeError) as bad:
         raise BadAnswer(f"the server sent something that this agent does not understand ({bad}): update netclient-lite?") from bad
 
@@ -1211,15 +1208,17 @@ def proven_local(record: Mapping[str, Any], place: Place) -> bool:
 def choose_endpoint(record: Mapping[str, Any], place: Place, live: str, fresh: bool, turn: int, saved: str = "") -> str:
     """The endpoint to set for a peer; "" leaves it as it is.
 
-    live: what WireGuard has now; fresh: a session lives there; turn: how many TURNs it has been without one; saved: the
-    last that had a handshake before a reboot. A fresh endpoint moves only to an address that is proven to be in the same LAN.
+    live: what WireGuard has now; fresh: a session lives there; turn: how many TURNs it has been without one (-1: unknown); saved:
+    the last that had a handshake before a reboot. A fresh endpoint moves only to one that is proven to be in the same LAN.
     """
     known = candidates(record, place)
     if fresh:
         return record["local"] if proven_local(record, place) and not record.get("static") and not place.local_only else ""
     if saved and not live and saved not in known and not place.local_only and not record.get("static"):
         known = [saved, *known]
-    return known[turn % len(known)] if known else ""
+    if not known or (turn < 0 and live in known):
+        return ""
+    return known[max(turn, 0) % len(known)]
 
 
 def allowed_ips(record: Mapping[str, Any]) -> list[str]:
@@ -1332,6 +1331,9 @@ def _address_step(interface: str, verb: str, address: str) -> Step:
     return Step(("ip", "addr", verb, address, "dev", interface), f"{verb} address {address}")
 
 
+TRY = "try another endpoint of"  # no news: a check-in does not speak of it
+
+
 def plan_peers(actual: Actual, desired: Desired) -> list[Step]:
     """One `wg` for all removals, one for all new and changed peers, which get only what differs: allowed-ips named again would be
     empty for a moment."""
@@ -1340,14 +1342,16 @@ def plan_peers(actual: Actual, desired: Desired) -> list[Step]:
     if gone:
         words = [word for key in gone for word in ("peer", key, "remove")]
         steps.append(Step(("wg", "set", desired.interface, *words), f"remove {_count(len(gone))}"))
-    words, changed = [], 0
+    words, changed, moved = [], 0, 0
     for key in sorted(desired.peers):
         differs = _peer_words(actual.peers.get(key), desired.peers[key])
         if differs:
             changed += 1
+            moved += key in actual.peers and len(differs) == 2 and differs[0] == "endpoint"
             words += ["peer", key, *differs]
     if changed:
-        steps.append(Step(("wg", "set", desired.interface, *words), f"set {_count(changed)}"))
+        why = f"set {_count(changed)}" if moved < changed else f"{TRY} {_count(moved)}"
+        steps.append(Step(("wg", "set", desired.interface, *words), why))
     return steps
 
 
@@ -2056,7 +2060,7 @@ class Node:
     def save_memory(self) -> None:
         self.files.volatile(self.paths.of("memory", self.config.network), self.memory.text())
 
-    def save_good(self, at_once: bool = False) -> None:
+    def save_good(self) -> None:
         """The last good state to flash: at a change of the mesh, at most once a minute; for endpoints alone once an hour."""
         memory, now = self.memory, time.monotonic()
         age = now - memory.flashed if 0 < memory.flashed <= now else float("inf")
@@ -2064,9 +2068,7 @@ class Node:
         old = _loaded(read_text(path))
         endpoints = {key: self._live.peers[key].endpoint for key in self.fresh if key in self._live.peers}
         same_mesh = {**old, "endpoints": 0} == {**memory.view.values(), "endpoints": 0}
-        if not at_once and (
-            age < 60 or (same_mesh and (age < 3600 or endpoints.items() <= dict(old.get("endpoints", {})).items()))
-        ):
+        if age < 60 or (same_mesh and (age < 3600 or endpoints.items() <= dict(old.get("endpoints", {})).items())):
             return
         keys = {record["key"] for record in memory.view.peers.values()}
         known = {**memory.view.endpoints, **endpoints}
@@ -2106,7 +2108,8 @@ class Node:
         for node, record in view.peers.items():
             key = record["key"]
             live = self._live.peers.get(key)
-            turn = int((now - self.memory.waiting.get(key, now)) // TURN)
+            waited = now - self.memory.waiting.get(key, now)
+            turn = int(waited // TURN) if view.me["keepalive"] else -1  # without keepalives silence means nothing
             chosen = choose_endpoint(
                 record, self.place, live.endpoint if live else "", key in self.fresh, turn, view.endpoints.get(key, "")
             )
@@ -2256,7 +2259,7 @@ class Node:
         """Take a delta or snapshot: check it whole, remember it, then make the machine so."""
         memory, before = self.memory, self.memory.view
         before.word = self.counters.word
-        after = parse_news(before, json.dumps(data).encode())
+        after = parse_news(before, data)
         after.incarnation = self.counters.incarnation
         lingering(memory, before, after, "from" not in data, time.monotonic())
         refused = memory.rejected.get("word") == after.word
@@ -2265,6 +2268,9 @@ class Node:
         else:
             memory.rejected = {}
         self._check_clash(after)
+        for node, record in after.peers.items():
+            if before.peers.get(node) != record:
+                memory.waiting.pop(record["key"], None)  # something new to try: from the first candidate on
         if before.me and not refused and cuts_off(self._live, self._wanted_routes(after)):
             memory.trial = before.values()
         memory.view = after
@@ -2322,18 +2328,12 @@ class Node:
         self.read()
         self.apply(view)
 
-    def finish(self) -> None:
-        """Write down when the next full check is due, and what the machine looks like until then."""
+    def finish(self, done: bool = True) -> None:
+        """Write down when the next full check is due (after a failure at once), and what the machine looks like until then."""
         now, memory = time.monotonic(), self.memory
         hurry = any(now - since < HOPELESS for key, since in memory.waiting.items() if self._tried(key))
-        unsettled = (
-            hurry
-            or now < memory.unsettled
-            or memory.trial is not None
-            or self.counters.word == "-"
-            or memory.view.state != "active"
-        )
-        self.counters.due = 0 if unsettled else now + CHECK_EVERY
+        unsettled = hurry or now < memory.unsettled or memory.trial is not None or memory.view.state != "active"
+        self.counters.due = now + CHECK_EVERY if done and not unsettled else 0
         self.counters.interface = self.config.interface
         self.counters.local = self.session.own or "-"
         self.counters.mark = machine_mark(self.config.interface)
@@ -2374,14 +2374,16 @@ def check_in(context: Context, network: str, afresh: bool = False) -> ExitStatus
     if held is None:
         return ExitStatus.OK
     try:
-        node = Node.load(context, network)
+        node, done = Node.load(context, network), False
         try:
-            return _check_in(node, answer, afresh)
+            outcome = _check_in(node, answer, afresh)
+            done = True
+            return outcome
         except BadAnswer as bad:
-            raise Unreachable(f"{network}: {bad}") from bad
+            raise Unreachable(str(bad)) from bad
         finally:
-            if context.paths.networks().count(network) and not context.run.dry:
-                node.finish()
+            if network in context.paths.networks() and not context.run.dry:
+                node.finish(done)
     finally:
         os.close(held)
 
@@ -2408,8 +2410,9 @@ def _check_in(node: Node, answer: Answer | None, afresh: bool) -> ExitStatus:
         say(f"{network}: waiting for the administrator's approval")
     elif node.memory.view.state == "disabled":
         say(f"{network}: disabled by the administrator: no peers until it is enabled again")
-    if node.changes and not node.run.echo:
-        say("{}: {}".format(network, "; ".join(step.why for step in node.changes[:6]) + (" …" if len(node.changes) > 6 else "")))
+    done = [step.why for step in node.changes if not step.why.startswith(TRY)]
+    if done and not node.run.echo:
+        say(f"{network}: {'; '.join(done[:6])}{' …' if len(done) > 6 else ''}")
     return ExitStatus.OK
 
 

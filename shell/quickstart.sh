@@ -470,7 +470,8 @@ need_node() {
 		say "joining this machine"
 		has_systemd && daemon=on
 		token=$(fresh_token "$KEY-own" 1h)
-		NETCLIENT_ACCESSTOKEN=$token agent join --daemon $daemon >&2 ||
+		# by the loopback address: a public one may not lead back here through a NAT
+		NETCLIENT_ACCESSTOKEN=$token agent join --apiserver "127.0.0.1:$NM_PORT" --daemon $daemon >&2 ||
 			die "this machine could not join: see the message above, then run this again"
 		admin key remove "$NETWORK" "$KEY-own" >/dev/null 2>&1 || : # used up
 	fi
