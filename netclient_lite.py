@@ -277,7 +277,7 @@ class Counters:
 
     def text(self) -> str:
         fields = (self.incarnation, self.epoch, self.sequence, self.word, self.mode)
-        more = (self.server, f"{self.due:.0f}", self.mark, self.interface, self.local)
+        more = (self.server, int(self.due), self.mark, self.interface, self.local)
         return " ".join(map(str, fields + more)) + "\n"
 
     def line(self, secret: Secret, node: str = "", challenge: str = "-", body: bytes = b"") -> str:

@@ -1,0 +1,398 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The shape of the two files: sections in the order of the contents, each on what stands above it, effects where they belong.
+
+What a section may do stands in the table RULES, one row for each file. A rule that is broken on purpose is changed there, not here.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import symtable
+import sys
+from typing import Iterator, Mapping, NamedTuple, Sequence
+
+import pytest
+from agentkit import REPO
+
+EVERYWHERE = ("*",)
+
+
+class Rules(NamedTuple):
+    """What one file may do, and where: names to the sections in which they may stand."""
+
+    limit: int  # bytes
+    names: Mapping[str, Sequence[str]]  # modules and functions by which effects come about
+    writes: Mapping[str, Sequence[str]]  # sections that open files for writing, with the functions that do it
+    changes: Sequence[str]  # sections that make, rename or remove files
+    pure: Sequence[str]  # sections that touch nothing at all
+    imports: Sequence[str]  # modules of the standard library
+    optional: Mapping[str, Sequence[str]]  # others, with the sections in which they are imported
+
+
+# Of EMBEDDED.md §2: what OpenWrt's python3-light holds, and ssl of python3-openssl.
+LIGHT = (
+    *("argparse", "binascii", "contextlib", "enum", "errno", "fcntl", "hashlib", "importlib.util", "ipaddress", "json", "os"),
+    *(
+        "posix",
+        "py_compile",
+        "re",
+        "signal",
+        "site",
+        "socket",
+        "ssl",
+        "subprocess",
+        "sys",
+        "syslog",
+        "threading",
+        "time",
+        "typing",
+    ),
+    *("_blake2", "_socket", "__future__"),
+)
+# What python3-light lacks: each is a package of its own there, and some megabytes of flash.
+NOT_LIGHT = (
+    *("urllib", "http", "email", "logging", "uuid", "asyncio", "concurrent", "decimal", "ctypes", "sqlite3", "unittest", "xml"),
+    *("multiprocessing", "unicodedata", "lzma", "distutils", "pydoc", "dbm", "cgi", "readline", "curses", "venv", "pathlib"),
+)
+
+RULES = {
+    "netclient_lite.py": Rules(
+        limit=150_000,
+        names={
+            "subprocess": ("IMPORTS", "RUN"),
+            "print": ("RUN", "FILES", "COMMANDS", "CLI"),
+            "signal": ("IMPORTS", "SERVICE", "COMMANDS"),
+            "threading": ("IMPORTS", "COMMANDS"),
+            "argparse": ("IMPORTS", "COMMANDS", "CLI"),
+            "_socket": ("WIRE", "SYSTEM", "API"),
+            "site": ("WIRE",),
+            "syslog": ("CLI",),
+            "environ": ("WIRE", "RUN", "SYSTEM", "CLI"),
+            "_exit": ("WIRE",),
+            "kill": ("SERVICE",),
+            "geteuid": ("COMMANDS",),
+            "input": (),
+        },
+        writes={"WIRE": ("write_volatile", "lock"), "FILES": EVERYWHERE},
+        changes=("WIRE", "FILES"),
+        pure=("ERRORS", "TOKENS", "SETTINGS", "VALUES", "PARSE", "PLAN"),
+        imports=LIGHT,
+        optional={"nacl": ("TOKENS",), "requests": ("API",), "zeroconf": ("SYSTEM", "DISCOVER")},
+    ),
+    "netmaker_lite.py": Rules(
+        limit=200_000,
+        names={
+            "subprocess": (),
+            "print": ("CLI",),
+            "bottle": ("IMPORTS", "ROUTES", "SERVE"),
+            "peewee": ("IMPORTS", "MODELS", "STORE"),
+            "sqlite3": ("IMPORTS", "STORE", "ACTIONS"),
+            "nacl": ("IMPORTS", "TOKENS", "AGENTS"),
+            "gevent": ("IMPORTS", "SERVE"),
+            "waitress": ("SERVE",),
+            "argparse": ("IMPORTS", "CLI"),
+            "fcntl": ("IMPORTS", "STORE", "SERVE"),
+            "signal": ("IMPORTS", "SERVE", "CLI"),
+            "threading": ("IMPORTS", "STORE", "MEMBERS", "AGENTS", "SERVE"),
+            "environ": ("IMPORTS", "SERVE", "CLI"),
+            "_exit": (),
+            "kill": (),
+            "input": (),
+        },
+        writes={"TOKENS": EVERYWHERE, "STORE": EVERYWHERE, "ACTIONS": EVERYWHERE, "SERVE": EVERYWHERE},
+        changes=("TOKENS", "STORE", "ACTIONS", "SERVE", "CLI"),
+        pure=("ERRORS", "ADDRESSES", "MESH"),
+        imports=(
+            *LIGHT,
+            *("bisect", "collections", "functools", "heapq", "itertools", "logging", "random", "resource", "secrets"),
+            *(
+                "socketserver",
+                "sqlite3",
+                "wsgiref.simple_server",
+                "urllib.parse",
+                "shutil",
+                "getpass",
+                "base64",
+                "netclient_lite",
+            ),
+        ),
+        optional={
+            "bottle": ("IMPORTS",),
+            "peewee": ("IMPORTS",),
+            "nacl": ("IMPORTS", "TOKENS", "AGENTS"),
+            "gevent": ("IMPORTS", "SERVE"),
+            "waitress": ("SERVE",),
+            "requests": ("CLI",),
+            "segno": ("RENDER", "VIEWS", "CLI"),
+            "prometheus_client": ("ROUTES",),
+            "psycopg": ("STORE",),
+        },
+    ),
+}
+# Names that stand for the world outside; a pure section has none of them.
+WORLD = (
+    "os",
+    "_os",
+    "_socket",
+    "socket",
+    "time",
+    "subprocess",
+    "threading",
+    "signal",
+    "random",
+    "open",
+    "print",
+    "bottle",
+    "peewee",
+)
+WORLD_ALLOWED = {("netclient_lite.py", "TOKENS"): ("os", "_os"), ("netclient_lite.py", "SETTINGS"): ("os",)}  # chance; listdir
+
+# Never, in either file: shells, and whatever starts a process beside subprocess.
+NEVER = (
+    *("system", "popen", "popen2", "fork", "forkpty", "startfile", "posix_spawn", "posix_spawnp", "getoutput", "getstatusoutput"),
+    *("spawnl", "spawnle", "spawnlp", "spawnlpe", "spawnv", "spawnve", "spawnvp", "spawnvpe"),
+    *("execl", "execle", "execlp", "execlpe", "execve", "execvp", "execvpe", "eval", "exec", "__import__"),
+)
+# os functions that change the file system.
+CHANGING = (
+    *("rename", "replace", "unlink", "remove", "rmdir", "removedirs", "mkdir", "makedirs", "link", "symlink", "chmod", "chown"),
+    *("truncate", "ftruncate", "utime", "mkfifo", "mknod", "lchown"),
+)
+WRITING_FLAGS = {"O_WRONLY", "O_RDWR", "O_CREAT", "O_APPEND", "O_TRUNC"}
+
+
+class File:
+    """One of the two files: its text, its tree, its sections."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.rules = name, RULES[name]
+        self.source = (REPO / name).read_text("utf-8")
+        self.lines = self.source.splitlines()
+        self.tree = ast.parse(self.source)
+        self.banners = [
+            (number, match.group(1))
+            for number, line in enumerate(self.lines, 1)
+            for match in [re.fullmatch(r"# ([A-Z][A-Z ]*[A-Z])", line)]
+            if match and self._is_rule(number - 1) and self._is_rule(number + 1)
+        ]
+        self.order = [section for _, section in self.banners]
+        self.functions = [node for node in ast.walk(self.tree) if isinstance(node, ast.FunctionDef)]
+
+    def _is_rule(self, number: int) -> bool:
+        return bool(re.fullmatch(r"# -{20,}", self.lines[number - 1]))
+
+    def section(self, line: int) -> str:
+        """The section that a line stands in; "" above the first."""
+        above = [section for number, section in self.banners if number - 1 <= line]
+        return above[-1] if above else ""
+
+    def rank(self, line: int) -> int:
+        section = self.section(line)
+        return self.order.index(section) if section else -1
+
+    def function(self, line: int) -> str:
+        """The innermost function around a line."""
+        around = [node for node in self.functions if node.lineno <= line <= (node.end_lineno or 0)]
+        return max(around, key=lambda node: node.lineno).name if around else ""
+
+    def nodes(self, *kinds: type) -> Iterator[ast.AST]:
+        return (node for node in ast.walk(self.tree) if isinstance(node, kinds))
+
+    def definitions(self) -> dict[str, int]:
+        """Every module-level name and the line that first makes it."""
+        found: dict[str, int] = {}
+        for node in at_import(self.tree):
+            for name in names_made(node):
+                found.setdefault(name, node.lineno)  # type: ignore[attr-defined]
+        return found
+
+
+def at_import(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node that is executed when the module is imported: all but what is inside functions."""
+    for child in ast.iter_child_nodes(tree):
+        yield child
+        if isinstance(child, (ast.FunctionDef, ast.Lambda)):
+            for part in (*getattr(child, "decorator_list", ()), *child.args.defaults, *filter(None, child.args.kw_defaults)):
+                yield part
+                yield from at_import(part)
+        elif not isinstance(child, ast.arg):
+            yield from at_import(child)
+
+
+def names_made(node: ast.AST) -> list[str]:
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return [(alias.asname or alias.name).split(".")[0] for alias in node.names]
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+        return [node.id]
+    return []
+
+
+def inner_tables(table: symtable.SymbolTable) -> Iterator[symtable.SymbolTable]:
+    for child in table.get_children():
+        yield child
+        yield from inner_tables(child)
+
+
+@pytest.fixture(params=sorted(RULES), scope="module")
+def file(request):
+    return File(request.param)
+
+
+def test_the_contents_are_the_banners_in_their_order(file):
+    contents = ast.get_docstring(file.tree).split("\nContents", 1)[1]
+    assert re.findall(r"^ +([A-Z][A-Z ]*[A-Z])  +\S", contents, re.M) == file.order
+    assert len(file.order) == len(set(file.order))
+
+
+def test_the_file_is_small_enough_to_be_one_file(file):
+    assert len(file.source.encode()) <= file.rules.limit
+
+
+def test_what_is_used_at_import_stands_above(file):
+    made = file.definitions()
+    inside = {"self", "cls"}
+    for node in at_import(file.tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id not in inside:
+            assert made.get(node.id, 0) <= node.lineno, f"{node.id} in line {node.lineno}"
+
+
+def test_functions_use_only_what_is_in_their_own_section_or_above(file):
+    made, wrong = file.definitions(), []
+    for table in inner_tables(symtable.symtable(file.source, file.name, "exec")):
+        for symbol in table.get_symbols():
+            name = symbol.get_name()
+            if (
+                symbol.is_referenced()
+                and symbol.is_global()
+                and name in made
+                and file.rank(made[name]) > file.rank(table.get_lineno())
+            ):
+                wrong.append(
+                    f"{table.get_name()} of {file.section(table.get_lineno())} uses {name} of {file.section(made[name])}"
+                )
+    assert wrong == []
+
+
+def test_effects_stand_in_their_sections(file):
+    wrong = []
+    for node in file.nodes(ast.Name, ast.Attribute):
+        name = node.id if isinstance(node, ast.Name) else node.attr
+        if isinstance(node, ast.Attribute) and name not in ("environ", "_exit", "kill", "geteuid"):
+            continue  # an attribute that has the name of a module is none
+        allowed = file.rules.names.get(name)
+        if allowed is not None and file.section(node.lineno) not in allowed and not is_exception_of(file, node):
+            wrong.append(f"{name} in {file.section(node.lineno)}, line {node.lineno}")
+    assert wrong == []
+
+
+def is_exception_of(file: File, name: ast.AST) -> bool:
+    """`peewee.IntegrityError`: whoever calls may have to tell failures apart."""
+    for node in file.nodes(ast.Attribute):
+        if node.value is name:
+            return node.attr.endswith(("Error", "Exception"))
+    return False
+
+
+def test_pure_sections_touch_nothing(file):
+    wrong = []
+    for node in file.nodes(ast.Name):
+        section = file.section(node.lineno)
+        if section in file.rules.pure and node.id in WORLD and node.id not in WORLD_ALLOWED.get((file.name, section), ()):
+            wrong.append(f"{node.id} in {section}, line {node.lineno}")
+    assert wrong == []
+
+
+def opens_for_writing(node: ast.Call) -> bool:
+    words = [*node.args[1:], *(keyword.value for keyword in node.keywords)]
+    flags = {part.attr for word in words for part in ast.walk(word) if isinstance(part, ast.Attribute)}
+    modes = [word.value for word in words if isinstance(word, ast.Constant) and isinstance(word.value, str)]
+    return bool(flags & WRITING_FLAGS) or any(set(mode) & set("wax+") and len(mode) <= 3 for mode in modes)
+
+
+def test_files_are_written_in_their_places(file):
+    wrong = []
+    for node in file.nodes(ast.Call):
+        called = node.func
+        name = called.id if isinstance(called, ast.Name) else called.attr if isinstance(called, ast.Attribute) else ""
+        if name != "open" or not opens_for_writing(node) or "devnull" in ast.dump(node.args[0]):
+            continue
+        functions = file.rules.writes.get(file.section(node.lineno), ())
+        if functions != EVERYWHERE and file.function(node.lineno) not in functions:
+            wrong.append(f"line {node.lineno} in {file.section(node.lineno)}")
+    assert wrong == []
+
+
+def test_the_file_system_is_changed_in_its_places(file):
+    wrong = []
+    for node in file.nodes(ast.Attribute):
+        if node.attr in CHANGING and isinstance(node.value, ast.Name) and node.value.id in ("os", "_os", "shutil"):
+            if file.section(node.lineno) not in file.rules.changes:
+                wrong.append(f"{node.attr} in {file.section(node.lineno)}, line {node.lineno}")
+    assert wrong == []
+
+
+def test_no_shell_and_no_other_way_to_start_a_process(file):
+    for node in file.nodes(ast.Call):
+        for keyword in node.keywords:
+            assert keyword.arg != "shell", f"line {node.lineno}"
+    for node in file.nodes(ast.Attribute):
+        of_os = isinstance(node.value, ast.Name) and node.value.id in ("os", "_os", "posix", "subprocess", "pty")
+        assert not (of_os and node.attr in NEVER), f"{node.attr} in line {node.lineno}"
+    for node in file.nodes(ast.Name):
+        assert node.id not in ("eval", "exec", "__import__", "compile", "execfile"), f"{node.id} in line {node.lineno}"
+
+
+def test_imports_are_those_that_may_be(file):
+    wrong = []
+    for node in file.nodes(ast.Import, ast.ImportFrom):
+        modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+        for module in modules:
+            top, section = module.split(".")[0], file.section(node.lineno)
+            if top in file.rules.optional:
+                if section not in file.rules.optional[top]:
+                    wrong.append(f"{module} in {section}, line {node.lineno}")
+            elif module not in file.rules.imports and top not in file.rules.imports:
+                wrong.append(f"{module}, line {node.lineno}")
+    assert wrong == []
+
+
+def test_the_agent_imports_what_may_be_missing_inside_functions_alone():
+    agent = File("netclient_lite.py")
+    for node in at_import(agent.tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert not {module.split(".")[0] for module in modules} & set(agent.rules.optional), f"line {node.lineno}"
+    assert not re.search(r"^\s*(import|from) (bottle|peewee|netmaker_lite)\b", agent.source, re.M)
+
+
+def test_the_server_takes_from_the_agent_and_never_the_other_way_round():
+    assert "netmaker_lite" not in {alias.name for node in File("netclient_lite.py").nodes(ast.Import) for alias in node.names}
+    shared = [node for node in File("netmaker_lite.py").nodes(ast.ImportFrom) if node.module == "netclient_lite"]
+    assert len(shared) <= 1
+
+
+BARE = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in %r:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+sys.path.insert(0, %r)
+import netclient_lite, ssl, py_compile, importlib.util, syslog
+netclient_lite.build_parser().format_help()
+assert netclient_lite.main(["version"]) == 0
+print(sorted(name for name in sys.modules if name.split(".")[0] in %r))
+"""
+
+
+def test_the_agent_runs_on_openwrts_python3_light():
+    missing = (*NOT_LIGHT, "requests", "nacl", "zeroconf", "bottle", "peewee")
+    code = BARE % (missing, str(REPO), missing)
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
