@@ -19,9 +19,9 @@ Contents
     WIRE        the protocol's line and MAC, HTTP over a socket, and the no-change check-in on C built-ins alone
     IMPORTS     the standard library; requests, PyNaCl and zeroconf are imported where they are used
     ERRORS      what can go wrong, each with its exit status
+    TOKENS      the access token, X25519, keys by label, sealing
     SETTINGS    the flags with their environment names and defaults; where the files are
     VALUES      the named tuples that everything below speaks of
-    TOKENS      the access token, X25519, keys by label, sealing
     PARSE       text to values: tool output, answers, addresses and names
     PLAN        desired state and actual state to the shortest list of steps; pure
     RUN         the only place that starts processes
@@ -30,7 +30,7 @@ Contents
     API         one membership's conversation with its server
     RECONCILE   one check-in: exchange, plan, apply, confirm, report
     SERVICE     what makes a check-in happen every 15 s
-    COMMANDS    join, leave, checkin, pull, push, list, status, daemon, uninstall, version
+    COMMANDS    join, leave, checkin, pull, push, list, status, daemon, version
     CLI         the table of commands, the parser, main
 """
 
@@ -226,6 +226,14 @@ def _parsed(data: bytes) -> tuple[int, dict[str, str], bytes]:
     return int(first[1]), headers, body
 
 
+def addresses_of(host: str) -> list[str]:
+    """The addresses of a host; none where its name does not resolve now."""
+    try:
+        return sorted({str(place[4][0]) for place in _socket.getaddrinfo(host.encode(), 0, 0, _socket.SOCK_STREAM)})
+    except OSError:
+        return []
+
+
 def post(host: str, port: int, prefix: str, path: str, line: str, body: bytes = b"") -> bytes:
     """The bytes of a POST with our line. HTTP/1.0: no chunks, and the connection's end is the answer's."""
     name = f"[{host}]" if ":" in host else host
@@ -251,9 +259,10 @@ class Secret:
     def parse(cls, network: str, text: str) -> Secret:
         """ValueError for a damaged file."""
         version, node, look, agent, z, pin = text.split()
-        if version != PROTOCOL:
-            raise ValueError("written by another version")
-        return cls(network, node, look, unb64(agent), unb64(z), unb64(pin))
+        keys = [unb64(agent), unb64(z), unb64(pin)]
+        if version != PROTOCOL or [len(key) for key in keys] != [32, 32, 32]:
+            raise ValueError("cut off, or written by another version")
+        return cls(network, node, look, *keys)
 
     def text(self) -> str:
         return " ".join((PROTOCOL, self.node, self.look, b64(self.agent), b64(self.z), b64(self.pin))) + "\n"
@@ -268,12 +277,14 @@ class Counters:
     __slots__ = ("due", "epoch", "incarnation", "interface", "local", "mark", "mode", "sequence", "server", "word")
 
     def __init__(self, text: str = "") -> None:
-        fields = text.split()
-        if len(fields) != len(self.__slots__):
-            fields = ["-", "0", "-1", "-", "p", "-", "0", "-", "-", "-"]
-        self.incarnation, self.epoch, self.sequence, self.word = fields[0], int(fields[1]), int(fields[2]), fields[3]
-        self.mode, self.server, self.due, self.mark = fields[4], fields[5], float(fields[6]), fields[7]
-        self.interface, self.local = fields[8], fields[9]
+        try:
+            self._take(text.split())
+        except ValueError:  # too few, too many, no numbers
+            self._take(["-", "0", "-1", "-", "p", "-", "0", "-", "-", "-"])
+
+    def _take(self, fields: Sequence[str]) -> None:
+        self.incarnation, epoch, sequence, self.word, self.mode, self.server, due, self.mark, self.interface, self.local = fields
+        self.epoch, self.sequence, self.due = int(epoch), int(sequence), float(due)
 
     def text(self) -> str:
         fields = (self.incarnation, self.epoch, self.sequence, self.word, self.mode)
@@ -294,10 +305,14 @@ def split_url(url: str) -> tuple[bool, str, int, str]:
     if not found or scheme not in ("http", "https"):
         raise ValueError(f"{url!r} is not an http:// or https:// address")
     host, _, port = place.rpartition(":") if not place.endswith("]") and ":" in place else (place, "", "")
-    if not host or (port and not port.isdigit()) or not 0 < int(port or 80) < 65536:
+    bracketed = host[:1] == "[" and host[-1:] == "]"
+    name = host[1:-1] if bracketed else host
+    # what stands here goes into a request: no blank, no control character
+    odd = [c for c in name + prefix if c <= " " or c == "\x7f"] or set("@[]?#" if bracketed else "@[]?#:") & set(name)
+    if not name or odd or (port and not port.isdecimal()) or not 0 < int(port or 80) < 65536:
         raise ValueError(f"{url!r} is not an http:// or https:// address")
     tls = scheme == "https"
-    return tls, host.strip("[]"), int(port or (443 if tls else 80)), "/" + prefix.rstrip("/") if prefix else ""
+    return tls, name, int(port or (443 if tls else 80)), "/" + prefix.rstrip("/") if prefix else ""
 
 
 def read_text(path: str) -> str:
@@ -535,7 +550,7 @@ def parse_token(text: str) -> Token:
         padded = compact.translate(str.maketrans("-_", "+/")).rstrip("=")
         raw = binascii.a2b_base64(padded + "=" * (-len(padded) % 4)).decode()
         fields = json.loads(raw)
-    except ValueError as bad:
+    except (ValueError, RecursionError) as bad:
         raise Invalid("the token is damaged or cut off: copy the whole line again, with nothing around it") from bad
     if isinstance(fields, dict) and "apiconn" in fields:
         return _original_token(fields)
@@ -544,16 +559,16 @@ def parse_token(text: str) -> Token:
     if fields["v"] != 1:
         raise Invalid("the token is of version {!r}, which this agent does not know: update netclient-lite".format(fields["v"]))
     body, found, rest = raw.rpartition(',"sum":"')
-    if not found or rest != _sum(body + "}") + '"}':
+    if not found or rest != _sum(body + "}") + '"}' or b64(raw.encode()) != compact:
         raise Invalid("the token is damaged (its checksum does not fit): copy the whole line again")
     try:
         servers = tuple(server for server in fields["server"] if split_url(server))
         token = Token(servers, unb64(fields["pin"]), check_network(fields["network"]), fields["key"])
+        if not servers or len(token.pin) != KEY_BYTES or not re.fullmatch(r"([\w-]{1,32}\.[\w-]{22,86})?", token.key, re.ASCII):
+            raise Invalid("no server, no key of it, or an access key of another form")
+        return token
     except (KeyError, TypeError, ValueError, AttributeError) as bad:
         raise Invalid(f"the token is whole but says something impossible ({bad}): ask for another") from bad
-    if not servers or len(token.pin) != KEY_BYTES or not re.fullmatch(r"([\w-]{1,32}\.[\w-]{22,86})?", token.key, re.ASCII):
-        raise Invalid("the token is whole but says something impossible: ask for another")
-    return token
 
 
 def _original_token(fields: Mapping[str, Any]) -> Token:
@@ -632,7 +647,7 @@ def endpoint(address: str, port: int) -> str:
 def split_endpoint(text: str) -> tuple[str, int]:
     """(canonical address, port) of an endpoint; Invalid when it is none. Host names are none: the mesh must work without DNS."""
     place, _, port = text.rpartition(":")
-    if not port.isdigit() or not 0 < int(port) < 65536 or (":" in place) != place.startswith("["):
+    if not port.isdecimal() or not 0 < int(port) < 65536 or (":" in place) != place.startswith("["):
         raise Invalid(f"{text!r} is no endpoint: ADDRESS:PORT or [ADDRESS]:PORT")
     return check_address(place.strip("[]")), int(port)
 
@@ -825,7 +840,7 @@ def setting_value(setting: Setting, text: str) -> Any:
             raise UsageError(f"--daemon takes on, off or resident, not {text!r}")
         return word
     least, most = setting.bounds
-    if not text.isdigit() or not least <= int(text) <= most:
+    if not text.isdecimal() or not least <= int(text) <= most:
         raise UsageError(f"--{setting.name} takes a whole number from {least} to {most}, not {text!r}")
     return int(text)
 
@@ -869,6 +884,8 @@ FRESH = 180  # seconds: WireGuard's REJECT_AFTER_TIME; a session older than that
 KEEP_AFTER_RESTORE = 3600.0  # seconds that peers unknown to a restored server stay
 UNSETTLED = 120.0  # seconds after a change of peers in which every look ends in an exchange
 HOPELESS = 600.0  # seconds after which a peer without a handshake is no reason to hurry any more
+PEERS_AT_ONCE = 4000  # in one `wg set`: some 200 bytes each
+DEAF = 3600.0  # seconds until a local address that did not answer is tried before the public ones again
 TURN = 20.0  # seconds an endpoint candidate is tried before the next: four handshake attempts (REKEY_TIMEOUT 5 s)
 
 
@@ -911,7 +928,7 @@ class Actual(NamedTuple):
     port: int = 0
     mtu: int = 0
     up: bool = False
-    addresses: frozenset[str] = frozenset()
+    addresses: tuple[str, ...] = ()  # as Linux lists them: the primary one of a network before the secondary ones
     routes: frozenset[str] = frozenset()
     peers: Mapping[str, LivePeer] = {}
 
@@ -1008,7 +1025,9 @@ class Memory:
         self.wishes: dict[str, Any] = dict(values.get("wishes", {}))
         self.seen: dict[str, str] = dict(values.get("seen", {}))
         self.mute: dict[str, bool] = dict(values.get("mute", {}))
-        self.rx: dict[str, list[int]] = dict(values.get("rx", {}))  # by key: bytes received, and when that last changed
+        # by key: bytes received and when that changed, the last handshake and when that was (by this clock), bytes sent
+        self.rx: dict[str, list[int]] = dict(values.get("rx", {}))
+        self.deaf: dict[str, float] = dict(values.get("deaf", {}))  # by key: until when its local address is not tried first
         self.waiting: dict[str, float] = dict(values.get("waiting", {}))  # by key: since when without a handshake
         self.kept: dict[str, float] = dict(values.get("kept", {}))  # by node: until when, after a restore
         self.unsettled: float = values.get("unsettled", 0.0)
@@ -1048,21 +1067,33 @@ def _live_peer(field: Sequence[str]) -> LivePeer:
     return LivePeer(field[0], where, allowed, keepalive, int(field[4]), int(field[5]), int(field[6]))
 
 
-def parse_links(text: str) -> dict[str, tuple[bool, int, list[str]]]:
+class Link(NamedTuple):
+    """An interface: whether up, MTU, addresses with prefix length; whether it is a tunnel, without hardware below."""
+
+    up: bool
+    mtu: int
+    addresses: list[str]
+    tunnel: bool = False
+
+
+def parse_links(text: str) -> dict[str, Link]:
     """`ip addr show` of iproute2 or BusyBox: interface -> (up, mtu, addresses with prefix length), without link-local ones."""
-    links: dict[str, tuple[bool, int, list[str]]] = {}
+    links: dict[str, Link] = {}
     name = ""
     for line in text.splitlines():
         head = re.match(r"\d+: ([^:@\s]+)(?:@[^:]*)?: <([^>]*)>.* mtu (\d+)", line)
         if head:
             name = head.group(1)
-            links[name] = ("UP" in head.group(2).split(","), int(head.group(3)), [])
+            links[name] = Link("UP" in head.group(2).split(","), int(head.group(3)), [])
             continue
+        if name and re.match(r"\s+link/(none|\[65534\])", line):  # WireGuard, TUN: no hardware below it
+            links[name] = links[name]._replace(tunnel=True)
         address = re.match(r"\s+inet6? (\S+)(?: peer (\S+))?", line)
         if address and name:
-            text = address.group(1) if "/" in address.group(1) else address.group(1) + "/32"
-            if not ipaddress.ip_interface(text).is_link_local:
-                links[name][2].append(str(ipaddress.ip_interface(text)))
+            with contextlib.suppress(ValueError):
+                parsed = ipaddress.ip_interface(address.group(1))  # a point-to-point one comes without a length
+                if not parsed.is_link_local:
+                    links[name].addresses.append(str(parsed))
     return links
 
 
@@ -1088,9 +1119,10 @@ def parse_default_gateway(text: str) -> tuple[str, str]:
     for line in text.splitlines()[1:]:
         word = line.split()
         if len(word) > 7 and word[1] == word[7] == "00000000":
-            # the kernel prints the address as a number in the machine's own byte order
-            gateway = int(word[2], 16).to_bytes(4, sys.byteorder)
-            best = min(best, (int(word[6]), word[0], str(ipaddress.IPv4Address(gateway))))
+            with contextlib.suppress(ValueError):
+                # the kernel prints the address as a number in the machine's own byte order
+                gateway = bytes.fromhex(word[2])[:: -1 if sys.byteorder == "little" else 1]
+                best = min(best, (int(word[6]), word[0], str(ipaddress.IPv4Address(gateway))))
     return best[1:]
 
 
@@ -1150,7 +1182,7 @@ def parse_news(view: View, news: Any) -> View:
     try:
         after = View(view.values())
         after.word, after.state = str(news["word"]), str(news.get("state", "active"))
-        if not re.fullmatch(r"\d{1,15}\.[0-9a-f]{8}", after.word):
+        if not re.fullmatch(r"[0-9]{1,15}\.[0-9a-f]{8}", after.word):
             raise Invalid(f"the revision word is {after.word!r}")
         if "from" not in news:
             after.peers = {}
@@ -1183,9 +1215,9 @@ def candidates(record: Mapping[str, Any], place: Place) -> list[str]:
 
     A local address without proof that the LAN is the same comes last: tried in turn, only while there is no handshake.
     """
-    if record.get("static"):
-        return [record["static"]]
-    local = record.get("local", "")
+    local, static = record.get("local", ""), record.get("static", "")
+    if static and not (place.local_only and is_public(split_endpoint(static)[0])):
+        return [static]
     near = bool(local) and inside(split_endpoint(local)[0], place.subnets)
     if place.local_only:
         return [local] if local else []
@@ -1205,20 +1237,24 @@ def proven_local(record: Mapping[str, Any], place: Place) -> bool:
     return same_lan and bool(local) and inside(split_endpoint(local)[0], place.subnets)
 
 
-def choose_endpoint(record: Mapping[str, Any], place: Place, live: str, fresh: bool, turn: int, saved: str = "") -> str:
+def choose_endpoint(
+    record: Mapping[str, Any], place: Place, live: str, fresh: bool, turn: int, saved: str = "", deaf: bool = False
+) -> str:
     """The endpoint to set for a peer; "" leaves it as it is.
 
-    live: what WireGuard has now; fresh: a session lives there; turn: how many TURNs it has been without one (-1: unknown); saved:
-    the last that had a handshake before a reboot. A fresh endpoint moves only to one that is proven to be in the same LAN.
+    live: what WireGuard has now; fresh: a session lives there; turn: how many TURNs it has been without one; saved: the
+    last that had a handshake before a reboot; deaf: the local address was tried, and no handshake followed. A fresh endpoint
+    moves only to an address that is proven to be in the same LAN.
     """
     known = candidates(record, place)
+    near = proven_local(record, place) and not record.get("static") and not place.local_only
     if fresh:
-        return record["local"] if proven_local(record, place) and not record.get("static") and not place.local_only else ""
+        return record["local"] if near and not deaf else ""
+    if near and deaf:
+        known = [*known[1:], known[0]]
     if saved and not live and saved not in known and not place.local_only and not record.get("static"):
         known = [saved, *known]
-    if not known or (turn < 0 and live in known):
-        return ""
-    return known[max(turn, 0) % len(known)]
+    return known[turn % len(known)] if known else ""
 
 
 def allowed_ips(record: Mapping[str, Any]) -> list[str]:
@@ -1236,27 +1272,36 @@ def guarded(view: View, node: str, keep_out: Sequence[str]) -> tuple[dict[str, f
     owner: dict[str, str] = {}
     warnings = []
     kept: dict[str, frozenset[str]] = {}
-    ranges = {view.me.get("range"), view.me.get("range6")}
+    homes = [ipaddress.ip_network(view.me[width]) for width in ("range", "range6") if view.me.get(width)]
+    out = [(text, ipaddress.ip_network(text, strict=False)) for text in keep_out]  # once: there may be thousands
     for other in sorted(view.peers):
         record = view.peers[other]
         if other == node or other in view.me.get("deny", ()):
             continue
         mine = []
         for text in allowed_ips(record):
-            network = ipaddress.ip_network(text)
-            swallowed = (
-                [a for a in keep_out if ipaddress.ip_network(a, strict=False).overlaps(network)] if text not in ranges else []
-            )
-            if swallowed and text in record.get("ips", ()):
-                warnings.append(
-                    "{} of {} is left out: it would take {} into the tunnel".format(text, record["name"], swallowed[0])
-                )
-            elif owner.setdefault(text, other) != other:
-                warnings.append("{} of {} is left out: {} has it".format(text, record["name"], view.peers[owner[text]]["name"]))
+            reason = _unfit(text, homes, out)
+            if not reason and owner.setdefault(text, other) != other:
+                reason = "{} has it".format(view.peers[owner[text]]["name"])
+            if reason:
+                warnings.append("{} of {} is left out: {}".format(text, record["name"], reason))
             else:
                 mine.append(text)
         kept[other] = frozenset(mine)
     return kept, warnings
+
+
+def _unfit(text: str, homes: Sequence[Any], out: Sequence[tuple[str, Any]]) -> str:
+    """Why a range must not go into the tunnel; "" where it may."""
+    network: Any = ipaddress.ip_network(text)
+    if any(network.version == home.version and network.subnet_of(home) for home in homes):
+        return ""
+    if network.prefixlen == 0:
+        return "it would take everything into the tunnel"
+    if network.is_link_local or network.is_multicast or network.is_loopback:
+        return "no node can own it"
+    swallowed = next((text for text, one in out if one.overlaps(network)), "")
+    return f"it would take {swallowed} into the tunnel" if swallowed else ""
 
 
 def desire(
@@ -1273,7 +1318,8 @@ def desire(
         peers[key] = Peer(key, endpoints.get(other, ""), own, me["keepalive"])
     beyond = {text for own in allowed.values() for text in own if not _within(text, ranges)}
     routes = frozenset(ranges) | beyond
-    return Desired(config.interface, private, me["port"], me["mtu"], frozenset(addresses), routes, peers), warnings
+    mtu = max(me["mtu"], 1280) if me.get("ip6") else me["mtu"]  # below 1280 Linux takes IPv6 off the interface
+    return Desired(config.interface, private, me["port"], mtu, frozenset(addresses), routes, peers), warnings
 
 
 def _within(text: str, ranges: Sequence[str]) -> bool:
@@ -1288,20 +1334,33 @@ def plan(actual: Actual, desired: Desired, create: Step, batch: bool = False) ->
     `create` makes the interface; `batch`: `ip -batch` is there. Unchanged peers are in no step; no interface is deleted.
     """
     steps = [] if actual.exists else [create]
-    steps += _plan_device(actual, desired)
-    dropped, added = actual.addresses - desired.addresses, desired.addresses - actual.addresses
-    old = actual.routes - desired.routes - networks_of(dropped) if actual.up else frozenset()
-    steps += _route_steps(desired.interface, "del", old, batch)
-    # old addresses first: deleting a primary address takes its secondaries along (promote_secondaries is off)
-    steps += [_address_step(desired.interface, "del", address) for address in sorted(dropped)]
+    steps += _device_steps(actual, desired)
+    dropped = [address for address in actual.addresses if address not in desired.addresses]
+    stay = [address for address in actual.addresses if address in desired.addresses and not _falls(address, actual, desired)]
+    added = desired.addresses - set(stay)
+    steps += _route_steps(desired.interface, "del", actual.routes - desired.routes, batch)
+    # the secondary ones first: a primary IPv4 address takes them along (promote_secondaries is off), which leaves none to delete
+    steps += [_address_step(desired.interface, "del", address) for address in reversed(dropped)]
+    if actual.mtu != desired.mtu:  # below 1280 there is no IPv6: lowered when old addresses are gone, raised before new ones
+        steps.append(Step(("ip", "link", "set", "dev", desired.interface, "mtu", str(desired.mtu)), "set MTU %d" % desired.mtu))
     steps += [_address_step(desired.interface, "add", address) for address in sorted(added)]
     if not actual.up:
         steps.append(Step(("ip", "link", "set", "dev", desired.interface, "up"), f"bring {desired.interface} up"))
     steps += plan_peers(actual, desired)
-    # the kernel brings an address's route with it, and drops all of an interface's routes with its last address
-    whole = not actual.up or bool(dropped)
-    have = networks_of(desired.addresses) if whole else actual.routes | networks_of(added)
+    have = networks_of(desired.addresses)  # the kernel brings an address's route with it
+    if actual.up:
+        left = actual.routes - (networks_of(dropped) - networks_of(stay))
+        if dropped and not any("." in address for address in stay):  # the last IPv4 address takes all IPv4 routes along
+            left = frozenset(route for route in left if ":" in route)
+        have = left | networks_of(added)
     return steps + _route_steps(desired.interface, "replace", desired.routes - have, batch)
+
+
+def _falls(address: str, actual: Actual, desired: Desired) -> bool:
+    """Whether an address goes with the primary one of its network, which is to be deleted. Linux lists the primary ones first."""
+    network = ipaddress.ip_interface(address).network
+    first = next(other for other in actual.addresses if ipaddress.ip_interface(other).network == network)
+    return network.version == 4 and first not in desired.addresses
 
 
 def networks_of(addresses: Iterable[str]) -> frozenset[str]:
@@ -1309,7 +1368,7 @@ def networks_of(addresses: Iterable[str]) -> frozenset[str]:
     return frozenset(str(ipaddress.ip_interface(text).network) for text in addresses)
 
 
-def _plan_device(actual: Actual, desired: Desired) -> list[Step]:
+def _device_steps(actual: Actual, desired: Desired) -> list[Step]:
     steps = []
     words: list[str] = []
     if actual.port != desired.port:
@@ -1322,8 +1381,6 @@ def _plan_device(actual: Actual, desired: Desired) -> list[Step]:
             "listen-port", "port %d" % desired.port
         )
         steps.append(Step(("wg", "set", desired.interface, *words), why, desired.private + "\n" if secret else "", secret))
-    if actual.mtu != desired.mtu:
-        steps.append(Step(("ip", "link", "set", "dev", desired.interface, "mtu", str(desired.mtu)), "set MTU %d" % desired.mtu))
     return steps
 
 
@@ -1338,20 +1395,22 @@ def plan_peers(actual: Actual, desired: Desired) -> list[Step]:
     """One `wg` for all removals, one for all new and changed peers, which get only what differs: allowed-ips named again would be
     empty for a moment."""
     gone = sorted(set(actual.peers) - set(desired.peers))
-    steps = []
-    if gone:
-        words = [word for key in gone for word in ("peer", key, "remove")]
-        steps.append(Step(("wg", "set", desired.interface, *words), f"remove {_count(len(gone))}"))
-    words, changed, moved = [], 0, 0
+    changed, moved = [], 0
     for key in sorted(desired.peers):
         differs = _peer_words(actual.peers.get(key), desired.peers[key])
         if differs:
-            changed += 1
             moved += key in actual.peers and len(differs) == 2 and differs[0] == "endpoint"
-            words += ["peer", key, *differs]
-    if changed:
-        why = f"set {_count(changed)}" if moved < changed else f"{TRY} {_count(moved)}"
-        steps.append(Step(("wg", "set", desired.interface, *words), why))
+            changed.append(["peer", key, *differs])
+    removed = _wg_steps(desired.interface, "remove", [["peer", key, "remove"] for key in gone])
+    return removed + _wg_steps(desired.interface, "set" if moved < len(changed) else TRY, changed)
+
+
+def _wg_steps(interface: str, verb: str, peers: Sequence[Sequence[str]]) -> list[Step]:
+    """One `wg set` for all of them; a few only where thousands are more than Linux takes on a command line (2 MiB)."""
+    steps = []
+    for start in range(0, len(peers), PEERS_AT_ONCE):
+        some = peers[start : start + PEERS_AT_ONCE]
+        steps.append(Step(("wg", "set", interface, *(word for peer in some for word in peer)), f"{verb} {_count(len(some))}"))
     return steps
 
 
@@ -1384,7 +1443,7 @@ def _route_steps(interface: str, verb: str, routes: Iterable[str], batch: bool) 
 
 def cuts_off(actual: Actual, desired: Desired) -> bool:
     """Whether addresses or routes change on a live interface: what commit-confirm watches and can take back."""
-    return actual.exists and actual.up and (actual.addresses, actual.routes) != (desired.addresses, desired.routes)
+    return actual.exists and actual.up and (frozenset(actual.addresses), actual.routes) != (desired.addresses, desired.routes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1592,20 +1651,20 @@ class System:
     def exists(self, interface: str) -> bool:
         return any(line.split(":")[0].strip() == interface for line in read_text("/proc/net/dev").splitlines())
 
-    def links(self) -> dict[str, tuple[bool, int, list[str]]]:
+    def links(self) -> dict[str, Link]:
         """All interfaces: whether up, MTU, addresses with prefix length."""
         return parse_links(self.run("ip", "addr", "show"))
 
-    def actual(self, interface: str, links: Mapping[str, tuple[bool, int, list[str]]]) -> Actual:
+    def actual(self, interface: str, links: Mapping[str, Link]) -> Actual:
         """What the interface is now: three more short commands where it is there."""
         if interface not in links:
             return Actual()
-        up, mtu, addresses = links[interface]
+        up, mtu, addresses, _ = links[interface]
         device = parse_dump(self.run("wg", "show", interface, "dump"))
         routes = self.run("ip", "route", "show", "dev", interface)
         if os.path.exists("/proc/net/if_inet6"):
             routes += self.run("ip", "-6", "route", "show", "dev", interface)
-        return device._replace(up=up, mtu=mtu, addresses=frozenset(addresses), routes=parse_routes(routes))
+        return device._replace(up=up, mtu=mtu, addresses=tuple(addresses), routes=parse_routes(routes))
 
     def batch(self) -> bool:
         """Whether `ip` takes -batch (iproute2) or not (BusyBox)."""
@@ -1615,10 +1674,12 @@ class System:
         except CommandFailed:
             return False
 
-    def subnets(self, links: Mapping[str, tuple[bool, int, list[str]]]) -> dict[str, str]:
+    def subnets(self, links: Mapping[str, Link]) -> dict[str, str]:
         """Addresses with prefix length and their interface, of real networks only: no loopback, container, tunnel or overlay."""
-        real = {name: found for name, (up, _, found) in links.items() if up and not OVERLAY_OR_CONTAINER.match(name)}
-        return {text: name for name, found in real.items() for text in found}
+        real = {
+            name: link for name, link in links.items() if link.up and not link.tunnel and not OVERLAY_OR_CONTAINER.match(name)
+        }
+        return {text: name for name, link in real.items() for text in link.addresses}
 
     def removal(self, interface: str) -> list[Step]:
         """The step that removes an interface, where it is there."""
@@ -1925,18 +1986,21 @@ def watch(memory: Memory, actual: Actual, wall: float, now: float) -> set[str]:
     """
     fresh = set()
     for key, live in actual.peers.items():
-        before = memory.rx.get(key)
-        if before is None or before[0] != live.rx:
-            memory.rx[key] = before = [live.rx, int(now)]
-        if (
-            live.handshake
-            and wall - live.handshake < FRESH
-            and (not live.keepalive or now - before[1] < max(60, 3 * live.keepalive))
-        ):
+        before = memory.rx.get(key, ())
+        rx, heard, handshake, born, tx = before if len(before) == 5 else (-1, 0, -1, 0, -1)
+        if rx != live.rx:
+            heard = int(now)
+        if handshake != live.handshake:  # its age by the clock counts once: later the clock may step
+            born = int(now - max(0.0, wall - live.handshake))
+        memory.rx[key] = [live.rx, heard, live.handshake, born, live.tx]
+        silent = live.keepalive and now - heard >= max(60, 3 * live.keepalive)
+        if live.handshake and now - born < FRESH and not silent:
             fresh.add(key)
             memory.waiting.pop(key, None)
-        else:
+        elif live.keepalive or not live.handshake or (tx >= 0 and tx != live.tx and rx == live.rx):
             memory.waiting.setdefault(key, now)
+        elif rx != live.rx:  # without keepalives a tunnel that nobody uses is silent, and nothing is wrong
+            memory.waiting.pop(key, None)
     for past in set(memory.waiting) - set(actual.peers):
         del memory.waiting[past]
     for past in set(memory.rx) - set(actual.peers):
@@ -1965,6 +2029,15 @@ def report(
     return {name: value for name, value in told.items() if value}
 
 
+def with_ranges_of(view: View, old: View) -> None:
+    """Give the peers the ranges behind them that an older view has: these are routes, and routes are taken back."""
+    for node, record in view.peers.items():
+        ranges = old.peers.get(node, {}).get("ips")
+        view.peers[node] = {name: value for name, value in record.items() if name != "ips"}
+        if ranges:
+            view.peers[node]["ips"] = ranges
+
+
 def reported(memory: Memory, told: Mapping[str, Any]) -> None:
     """Remember what the server has heard."""
     memory.facts.update(told.get("facts", {}))
@@ -1983,14 +2056,25 @@ def lingering(memory: Memory, before: View, after: View, snapshot: bool, now: fl
     """Peers that a restored server no longer knows stay for an hour. Changes `after` and the memory."""
     if snapshot and before.incarnation not in ("-", after.incarnation):
         memory.kept = {node: now + KEEP_AFTER_RESTORE for node in before.peers if node not in after.peers}
-    for node, until in list(memory.kept.items()):
-        if (node in after.peers and node not in before.peers) or now > until or until - now > KEEP_AFTER_RESTORE:
+    for node in list(memory.kept):
+        theirs, ours = after.peers.get(node), before.peers.get(node)
+        if theirs is None and ours is not None and snapshot:
+            after.peers[node] = ours
+        elif theirs is not ours or theirs is None:  # the server knows it again, or named it among those that are gone
             del memory.kept[node]
-        elif node in before.peers and node not in after.peers:
-            after.peers[node] = before.peers[node]
-    taken = {record["key"] for node, record in after.peers.items() if node not in memory.kept}
-    for node in [node for node in memory.kept if after.peers.get(node, {}).get("key") in taken]:
+    others = [record for node, record in after.peers.items() if node not in memory.kept]
+    taken = {record.get(kind) for record in others for kind in ("key", "ip", "ip6")} - {None}
+    for node in [node for node in memory.kept if taken & {after.peers[node].get(kind) for kind in ("key", "ip", "ip6")}]:
         del after.peers[node], memory.kept[node]
+    lapse(memory, after, now)
+
+
+def lapse(memory: Memory, view: View, now: float) -> None:
+    """Drop the lingering peers whose hour is over."""
+    for node, until in list(memory.kept.items()):
+        if not 0 <= until - now <= KEEP_AFTER_RESTORE:
+            del memory.kept[node]
+            view.peers.pop(node, None)
 
 
 def forget(context: Context, network: str) -> None:
@@ -2095,8 +2179,7 @@ class Node:
         endpoints = [live.endpoint for live in self._live.peers.values() if live.endpoint]
         found = [split_endpoint(text)[0] for text in endpoints]
         if self.counters.server != "-":
-            host = split_url(self.counters.server)[1]
-            found += [host] if re.fullmatch(r"[0-9.]+|[0-9a-f:]*:[0-9a-f:]*", host) else []
+            found += addresses_of(split_url(self.counters.server)[1])
         return [*found, *self.place.subnets]
 
     def desired(self, view: View) -> Desired:
@@ -2109,10 +2192,12 @@ class Node:
             key = record["key"]
             live = self._live.peers.get(key)
             waited = now - self.memory.waiting.get(key, now)
-            turn = int(waited // TURN) if view.me["keepalive"] else -1  # without keepalives silence means nothing
-            chosen = choose_endpoint(
-                record, self.place, live.endpoint if live else "", key in self.fresh, turn, view.endpoints.get(key, "")
-            )
+            turn = int(waited // TURN)
+            resting = live is not None and bool(live.endpoint) and key not in self.memory.waiting
+            where, saved = live.endpoint if live else "", view.endpoints.get(key, "")
+            chosen = choose_endpoint(record, self.place, where, resting, turn, saved, now < self.memory.deaf.get(key, 0))
+            if turn and where == record.get("local"):  # it was tried and no handshake came: the public one, for a while
+                self.memory.deaf[key] = now + DEAF
             address = split_endpoint(chosen)[0] if chosen else ""
             if chosen and address not in mine and not inside(address, ranges):
                 endpoints[node] = chosen
@@ -2231,6 +2316,7 @@ class Node:
         files = [self.paths.of(kind, self.config.network) for kind in (*MEMBERSHIP, "peers")]
         self._clock(max((os.path.getmtime(path) for path in files if os.path.exists(path)), default=0.0), "its own files'")
         self.read()
+        lapse(self.memory, self.memory.view, time.monotonic())
         self.apply(self.memory.view)
         if afresh:
             self.counters.word = "-"
@@ -2265,12 +2351,13 @@ class Node:
         refused = memory.rejected.get("word") == after.word
         if refused:  # taken back once: its peers count, its addresses and routes do not
             after.me = before.me
+            with_ranges_of(after, before)
         else:
             memory.rejected = {}
         self._check_clash(after)
         for node, record in after.peers.items():
-            if before.peers.get(node) != record:
-                memory.waiting.pop(record["key"], None)  # something new to try: from the first candidate on
+            if before.peers.get(node) != record and record["key"] in memory.waiting:
+                memory.waiting[record["key"]] = time.monotonic()  # something new to try: from the first candidate on
         if before.me and not refused and cuts_off(self._live, self._wanted_routes(after)):
             memory.trial = before.values()
         memory.view = after
@@ -2324,6 +2411,7 @@ class Node:
             f"{self.config.network}: revision {view.word} cut the server off: its addresses and routes are taken back"
         )
         view.me, view.word = old.me, old.word
+        with_ranges_of(view, old)
         self.counters.word, self.memory.trial = old.word, None
         self.read()
         self.apply(view)
@@ -2611,7 +2699,7 @@ def chosen_networks(context: Context, options: Options) -> list[str]:
         return joined
     if wanted not in joined:
         known = "joined: " + ", ".join(joined) if joined else "none is joined"
-        raise NetclientError(f"this machine is not in a network {options.network!r} ({known})")
+        raise UsageError(f"this machine is not in a network {options.network!r} ({known})")
     return [wanted]
 
 
@@ -2665,7 +2753,10 @@ def access_token(options: Options) -> Token:
         if len(pin) != KEY_BYTES:
             raise UsageError("--server-key is no server key: 43 characters, as `netmaker-lite serve` prints them")
     key = options.key or (token.key if token else "")
-    return Token(servers, pin, network, parse_stored(key) if key else "")
+    try:
+        return Token(servers, pin, network, parse_stored(key))
+    except NetclientError as bad:
+        raise UsageError("the access key is not of this kind of server: ID.SECRET, as `netmaker-lite key add` prints it") from bad
 
 
 def trusted_pin(context: Context, token: Token, options: Options) -> bytes:
@@ -2704,30 +2795,23 @@ def prepare(context: Context, token: Token, options: Options) -> Node:
     """
     network, paths, files = token.network, context.paths, context.files
     interface = options.interface or "nm-" + network
-    if not re.fullmatch(r"[A-Za-z0-9_.-]{1,15}", interface):
-        raise UsageError(f"{interface!r} is no interface name: 1 to 15 letters, digits, '_', '.' or '-'")
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}", interface):
+        raise UsageError(f"{interface!r} is no interface name: 1 to 15 letters, digits, '_', '.' or '-', no '.' or '-' first")
+    wishes, chosen = checked(options)
+    wishes.setdefault("name", fold_name(os.uname().nodename))
+    private = options.privatekey or read_text(paths.of("wgkey", network)).strip() or new_private()
+    try:
+        check_key(private)
+    except Invalid as bad:  # without the key itself, which the sentence of check_key holds
+        raise UsageError("--privatekey is no WireGuard key: 44 characters of base64 that end in '='") from bad
+    if options.publickey and options.publickey != derived_public(private):
+        raise UsageError("--publickey does not belong to --privatekey")
     context.system.backend()
     port = _join_port(context, options, _loaded(read_text(Paths(paths.root).of("netconfig", network))).get("port", 0))
     if context.system.exists(interface) and not options.force:
         raise NetclientError(
             f"an interface {interface} is there: remove it (ip link del {interface}), or join with --force or another --interface"
         )
-    wishes = {name: getattr(options, name) for name in WISHES if getattr(options, name) is not None}
-    wishes["name"] = check_name(options.name) if options.name else fold_name(os.uname().nodename)
-    for name, version in (("address", 4), ("address6", 6)):
-        if wishes.get(name):
-            wishes[name] = check_address(wishes[name], version)
-    chosen = {name: getattr(options, name) or "" for name in ("endpoint", "localaddress", "localrange")}
-    for name in ("endpoint", "localaddress"):
-        chosen[name] = chosen[name] and check_address(chosen[name])
-    if chosen["localrange"]:
-        try:
-            ipaddress.ip_network(chosen["localrange"])
-        except ValueError as bad:
-            raise UsageError(f"--localrange: {bad}") from bad
-    private = options.privatekey or read_text(paths.of("wgkey", network)).strip() or new_private()
-    if options.publickey and options.publickey != derived_public(check_key(private)):
-        raise UsageError("--publickey does not belong to --privatekey")
     pin = token.pin or trusted_pin(context, token, options)
     values = {**Config.FIELDS, **chosen, "network": network, "servers": list(token.servers), "interface": interface, "port": port}
     config = Config({**values, "fixed": options.port is not None, "wishes": wishes, "daemon": options.daemon or "on"})
@@ -2743,6 +2827,27 @@ def prepare(context: Context, token: Token, options: Options) -> Node:
     for kind in MEMBERSHIP:
         files.write(paths.of(kind, network), texts[kind])
     return Node(context, config, secret, private)
+
+
+def checked(options: Options) -> tuple[dict[str, Any], dict[str, str]]:
+    """Wishes for the server and settings of this machine, as the flags have them; UsageError or Invalid for a bad one."""
+    wishes = {name: getattr(options, name) for name in WISHES if getattr(options, name) is not None}
+    chosen = {name: getattr(options, name) for name in ("endpoint", "localaddress", "localrange") if getattr(options, name)}
+    if "name" in wishes:
+        wishes["name"] = check_name(wishes["name"])
+    for name, version, found in (
+        ("address", 4, wishes),
+        ("address6", 6, wishes),
+        ("endpoint", 0, chosen),
+        ("localaddress", 0, chosen),
+    ):
+        if name in found:
+            found[name] = check_address(found[name], version)
+    try:
+        ipaddress.ip_network(chosen.get("localrange", "::/0"))
+    except ValueError as bad:
+        raise UsageError(f"--localrange: {bad}") from bad
+    return wishes, chosen
 
 
 def _prove(context: Context, config: Config, secret: Secret) -> None:
@@ -2820,17 +2925,15 @@ def join(context: Context, node: Node) -> ExitStatus:
 def update(node: Node, options: Options) -> ExitStatus:
     """Join on a joined machine: new wishes and settings, the membership stays."""
     config = node.config
-    for name in WISHES:
-        if getattr(options, name) is not None:
-            config.wishes[name] = getattr(options, name)
-    for name in ("endpoint", "localaddress", "localrange", "daemon"):
-        if getattr(options, name):
-            setattr(config, name, getattr(options, name))
+    wishes, chosen = checked(options)
+    config.wishes.update(wishes)
+    for name, value in {**chosen, **({"daemon": options.daemon} if options.daemon else {})}.items():
+        setattr(config, name, value)
     if options.port is not None and options.port != config.port:
         config.port, config.fixed = _join_port(node.context, options, config.port), True
+    node.check_in()  # what the server refuses is not kept: it would be refused again at every check-in
     node.files.write(node.paths.of("netconfig", config.network), config.text())
     forget_staged(node.context, config.network)
-    node.check_in()
     if not node.run.dry:
         node.finish()
     install_service(node.context, config.daemon)
@@ -2839,7 +2942,7 @@ def update(node: Node, options: Options) -> ExitStatus:
 
 
 def cmd_leave(context: Context, options: Options) -> ExitStatus:
-    """Take networks down and forget them, also with the server gone."""
+    """Leave networks (-n NET or all), also with the server gone."""
     need_root("leave")
     if not options.network:
         raise UsageError("leave needs -n NETWORK, or -n all")
@@ -2886,6 +2989,7 @@ def cmd_checkin(context: Context, options: Options, afresh: bool = False) -> Exi
 
 def cmd_pull(context: Context, options: Options) -> ExitStatus:
     """Fetch the whole state anew and apply it."""
+    need_root("pull")
     return cmd_checkin(context, options, afresh=True)
 
 
@@ -2992,7 +3096,7 @@ def status_of(node: Node) -> dict[str, Any]:
 
 
 def cmd_status(context: Context, options: Options) -> ExitStatus:
-    """Nodes, last contact, and for each peer the path, the endpoint, the age of the handshake and the traffic."""
+    """Peers: path, endpoint, age of the handshake, traffic; last contact with the server."""
     need_root("status")
     listed = [status_of(Node.load(context, network)) for network in chosen_networks(context, options)]
     if options.json:
@@ -3092,7 +3196,7 @@ def wait_for_word(context: Context, network: str, stop: threading.Event, failed:
 
 
 def cmd_version(context: Context, options: Options) -> ExitStatus:
-    """The version."""
+    """Print the version."""
     print(f"netclient-lite {__version__} (protocol {PROTOCOL})")
     return ExitStatus.OK
 
@@ -3103,30 +3207,24 @@ def cmd_version(context: Context, options: Options) -> ExitStatus:
 
 
 class Command(NamedTuple):
-    """A verb: what it does, which flags its help shows."""
+    """A verb, and the flags that its help shows; what it does is its function's docstring."""
 
     name: str
     function: Callable[[Context, Options], ExitStatus]
-    help: str
-    flags: tuple[str, ...]
+    flags: tuple[str, ...] = ()
 
 
 JOIN_FLAGS = tuple(setting.name for setting in SETTINGS)
 COMMANDS = (
-    Command("join", cmd_join, "become a node of a network", (*JOIN_FLAGS, "accept-key", "force", "dry-run")),
-    Command("leave", cmd_leave, "leave a network (-n NET or all), also with the server gone", ("network", "dry-run")),
-    Command(
-        "checkin",
-        cmd_checkin,
-        "check in once: ask, apply what is new, repair what is not as it should be",
-        ("network", "force", "dry-run"),
-    ),
-    Command("pull", cmd_pull, "fetch the whole state anew and apply it", ("network", "dry-run")),
-    Command("push", cmd_push, "tell the server all about this machine again", ("network", "dry-run")),
-    Command("list", cmd_list, "networks and their nodes, from what is known here", ("network", "json")),
-    Command("status", cmd_status, "peers, their paths, endpoints and handshakes", ("network", "json")),
-    Command("daemon", cmd_daemon, "stay, and apply changes within a second", ()),
-    Command("version", cmd_version, "print the version", ()),
+    Command("join", cmd_join, (*JOIN_FLAGS, "accept-key", "force", "dry-run")),
+    Command("leave", cmd_leave, ("network", "dry-run")),
+    Command("checkin", cmd_checkin, ("network", "force", "dry-run")),
+    Command("pull", cmd_pull, ("network", "dry-run")),
+    Command("push", cmd_push, ("network", "dry-run")),
+    Command("list", cmd_list, ("network", "json")),
+    Command("status", cmd_status, ("network", "json")),
+    Command("daemon", cmd_daemon),
+    Command("version", cmd_version),
 )
 SWITCHES = (
     ("accept-key", "trust the server's key without a token or --server-key (for scripts, on a network you trust)"),
@@ -3145,7 +3243,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True)
     for command in COMMANDS:
-        verb = verbs.add_parser(command.name, help=command.help, description=command.help)
+        text = command.function.__doc__
+        verb = verbs.add_parser(command.name, help=text, description=text)
         for setting in SETTINGS:
             names = ["--" + setting.name, *("-" + alias for alias in setting.aliases if len(alias) == 1)]
             names += ["--" + alias for alias in setting.aliases if len(alias) > 1]
@@ -3165,15 +3264,20 @@ def build_parser() -> argparse.ArgumentParser:
 def spelled_out(arguments: Sequence[str]) -> list[str]:
     """The original's spellings to ours: `-daemon=off` and `-pubkey K` get their second dash, old short forms their name."""
     known = {alias for setting in SETTINGS for alias in (setting.name, *setting.aliases) if len(alias) > 1}
-    known |= set(IGNORED) | {"help", "version"} | {name for name, _ in SWITCHES}
-    words = []
-    for word in arguments:
+    short = {alias: setting.name for setting in SETTINGS for alias in setting.aliases if len(alias) == 1}
+    alone = {"help", "version"} | {name for name, _ in SWITCHES}
+    words: list[str] = []
+    rest = iter(arguments)
+    for word in rest:
         name, found, value = word.lstrip("-").partition("=")
         dashes = len(word) - len(word.lstrip("-"))
-        if dashes == 1 and name in IGNORED_ALIASES:
-            words.append("--" + IGNORED_ALIASES[name] + found + value)
-        elif dashes == 1 and name in known:
-            words.append("-" + word)
+        name = IGNORED_ALIASES.get(name, short.get(name, name)) if dashes else ""
+        if dashes in (1, 2) and name in known | set(IGNORED):
+            # in one word: argparse takes a value that begins with a dash, as a server's key may, for a flag
+            given = value if found else next(rest, None)
+            words.append("--" + name if given is None else f"--{name}={given}")
+        elif dashes == 1 and name in alone:
+            words.append("--" + name)
         else:
             words.append(word)
     return words
@@ -3186,9 +3290,9 @@ def resolve(options: Options, environment: Mapping[str, str], say: Callable[[str
         text = getattr(options, name)
         text = environment.get(setting.env) if text is None else text
         setattr(options, name, setting_value(setting, text) if text not in (None, "") else None)
-    for name in IGNORED:
-        if getattr(options, name) is not None:
-            say(f"--{name} means nothing to netclient-lite and is ignored")
+    for name, env in IGNORED.items():
+        if getattr(options, name) is not None or environment.get(env):
+            say(f"--{name} ({env}) means nothing to netclient-lite and is ignored")
 
 
 def say(sentence: str) -> None:

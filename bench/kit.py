@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the measuring programs share: runs of a command, medians, instruction counts, the table. By itself it describes the machine.
+"""What the measuring programs share: runs of a command, medians, instruction counts, the table. Alone it describes the machine.
 
 python bench/kit.py
 """
