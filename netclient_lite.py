@@ -955,33 +955,32 @@ class Place(NamedTuple):
     punch: bool = True
 
 
-class Config:
-    """`netconfig-NETWORK`: what the user asked for and which server it is. JSON, changes rarely."""
+class Kept:
+    """Values that outlive a run: the annotated class attributes are the fields with their defaults, JSON the form on disk."""
 
-    FIELDS: Mapping[str, Any] = {
-        "network": "",
-        "servers": [],
-        "interface": "",
-        "port": 0,
-        "fixed": False,
-        "endpoint": "",
-        "localaddress": "",
-        "localrange": "",
-        "wishes": {},
-        "daemon": "on",
-    }
+    def __init__(self, values: Mapping[str, Any] | None = None) -> None:
+        for name in type(self).__annotations__:
+            default = getattr(type(self), name)
+            value = (values or {}).get(name, default)
+            setattr(self, name, type(default)(value) if isinstance(default, (dict, list)) else value)
 
-    def __init__(self, values: Mapping[str, Any]) -> None:
-        self.network: str = values["network"]
-        self.servers: list[str] = list(values["servers"])
-        self.interface: str = values["interface"]
-        self.port: int = values["port"]
-        self.fixed: bool = values["fixed"]
-        self.endpoint: str = values["endpoint"]
-        self.localaddress: str = values["localaddress"]
-        self.localrange: str = values["localrange"]
-        self.wishes: dict[str, Any] = dict(values["wishes"])
-        self.daemon: str = values["daemon"]
+    def values(self) -> dict[str, Any]:
+        return {"version": 1, **vars(self)}
+
+
+class Config(Kept):
+    """`netconfig-NETWORK`: what the user asked for and which server it is; changes rarely."""
+
+    network: str = ""
+    servers: list[str] = []
+    interface: str = ""
+    port: int = 0
+    fixed: bool = False
+    endpoint: str = ""
+    localaddress: str = ""
+    localrange: str = ""
+    wishes: dict[str, Any] = {}
+    daemon: str = "on"
 
     @classmethod
     def parse(cls, text: str) -> Config:
@@ -990,56 +989,50 @@ class Config:
             values = json.loads(text)
             if values["version"] != 1:
                 raise Invalid("it was written by a newer netclient-lite")
-            return cls({**cls.FIELDS, **values})
-        except (ValueError, KeyError, TypeError) as bad:
+            return cls(values)
+        except (ValueError, KeyError, TypeError, AttributeError) as bad:
             raise Invalid(f"the file is damaged ({bad})") from bad
 
     def text(self) -> str:
-        values = {"version": 1, **{name: getattr(self, name) for name in self.FIELDS}}
-        return json.dumps(values, indent=1, sort_keys=True) + "\n"
+        return json.dumps(self.values(), indent=1, sort_keys=True) + "\n"
 
 
-class View:
+class View(Kept):
     """The mesh as the server last told it: own settings, the records of all nodes by id, and the word of that state."""
 
-    def __init__(self, values: Mapping[str, Any] | None = None) -> None:
-        values = values or {}
-        self.incarnation: str = values.get("incarnation", "-")
-        self.word: str = values.get("word", "-")
-        self.state: str = values.get("state", "")
-        self.me: dict[str, Any] = dict(values.get("me", {}))
-        self.peers: dict[str, dict[str, Any]] = dict(values.get("peers", {}))
-        self.endpoints: dict[str, str] = dict(values.get("endpoints", {}))  # by public key: the last that had a handshake
-
-    def values(self) -> dict[str, Any]:
-        return {"version": 1, **vars(self)}
+    incarnation: str = "-"
+    word: str = "-"
+    state: str = ""
+    me: dict[str, Any] = {}
+    peers: dict[str, dict[str, Any]] = {}
+    endpoints: dict[str, str] = {}  # by public key: the last that had a handshake
 
 
-class Memory:
+class Memory(Kept):
     """`NETWORK.memory` on tmpfs: the view in use and what was reported of it. Times are of the monotonic clock."""
 
+    facts: dict[str, Any] = {}
+    wishes: dict[str, Any] = {}
+    seen: dict[str, str] = {}
+    mute: dict[str, bool] = {}
+    # by key: bytes received and when that changed, the last handshake and when that was (by this clock), bytes sent
+    rx: dict[str, list[int]] = {}
+    deaf: dict[str, float] = {}  # by key: until when its local address is not tried first
+    waiting: dict[str, float] = {}  # by key: since when without a handshake
+    kept: dict[str, float] = {}  # by node: until when, after a restore
+    unsettled: float = 0.0
+    flashed: float = 0.0
+    exchanged: float = 0.0
+    trial: dict[str, Any] | None = None  # the view before a change that the server has not confirmed
+    rejected: dict[str, str] = {}
+    said: str = ""
+
     def __init__(self, values: Mapping[str, Any] | None = None) -> None:
-        values = values or {}
-        self.view = View(values.get("view"))
-        self.facts: dict[str, Any] = dict(values.get("facts", {}))
-        self.wishes: dict[str, Any] = dict(values.get("wishes", {}))
-        self.seen: dict[str, str] = dict(values.get("seen", {}))
-        self.mute: dict[str, bool] = dict(values.get("mute", {}))
-        # by key: bytes received and when that changed, the last handshake and when that was (by this clock), bytes sent
-        self.rx: dict[str, list[int]] = dict(values.get("rx", {}))
-        self.deaf: dict[str, float] = dict(values.get("deaf", {}))  # by key: until when its local address is not tried first
-        self.waiting: dict[str, float] = dict(values.get("waiting", {}))  # by key: since when without a handshake
-        self.kept: dict[str, float] = dict(values.get("kept", {}))  # by node: until when, after a restore
-        self.unsettled: float = values.get("unsettled", 0.0)
-        self.flashed: float = values.get("flashed", 0.0)
-        self.exchanged: float = values.get("exchanged", 0.0)
-        self.trial: dict[str, Any] | None = values.get("trial")  # the view before a change that the server has not confirmed
-        self.rejected: dict[str, str] = dict(values.get("rejected", {}))
-        self.said: str = values.get("said", "")
+        super().__init__(values)
+        self.view = View((values or {}).get("view"))
 
     def text(self) -> str:
-        values = dict(vars(self), view=self.view.values())
-        return json.dumps(values, separators=(",", ":"))
+        return json.dumps({**self.values(), "view": self.view.values()}, separators=(",", ":"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2813,7 +2806,7 @@ def prepare(context: Context, token: Token, options: Options) -> Node:
             f"an interface {interface} is there: remove it (ip link del {interface}), or join with --force or another --interface"
         )
     pin = token.pin or trusted_pin(context, token, options)
-    values = {**Config.FIELDS, **chosen, "network": network, "servers": list(token.servers), "interface": interface, "port": port}
+    values = {**chosen, "network": network, "servers": list(token.servers), "interface": interface, "port": port}
     config = Config({**values, "fixed": options.port is not None, "wishes": wishes, "daemon": options.daemon or "on"})
     try:
         secret = Secret.parse(network, read_text(paths.of("secret", network)))

@@ -15,8 +15,9 @@ import threading
 import time
 from functools import partial
 from statistics import median
-from typing import Any, Iterator, Sequence
+from typing import Any, Iterator, Sequence, cast
 
+import bottle
 from kit import Figure, cpu_times, report
 from serverkit import Client, Server
 
@@ -63,8 +64,8 @@ class Trace:
 
     def __init__(self, store: server.Store) -> None:
         self.rows = self.commits = self.statements = 0
-        self._reader: Any = store.reader.connection()
-        self._writer: Any = store.writer.connection()
+        reader, writer = cast(Any, store.reader), cast(Any, store.writer)
+        self._reader, self._writer = reader.connection(), writer.connection()
 
     def __enter__(self) -> Trace:
         self._reader.row_factory = self._writer.row_factory = self._row
@@ -89,10 +90,10 @@ class Trace:
 
 def bare() -> Any:
     """The yardstick: the same web framework, a route that answers 204."""
-    app = server.bottle.Bottle()
+    app = bottle.Bottle()
 
     def nothing() -> bytes:
-        server.bottle.response.status = 204
+        bottle.response.status = 204
         return b""
 
     app.route("/api/agent/v1/nothing", "GET", nothing)

@@ -183,7 +183,7 @@ class Parsers(unittest.TestCase):
         me = {"name": "me", "ip": "10.20.30.2", "range": "10.20.30.0/24", "port": 51821, "keepalive": 20, "mtu": 1280}
         peer = {"id": "b", "name": "b", "key": key_like("b"), "ip": "10.20.30.5", "seen": "203.0.113.7:51821"}
         view = agent.parse_news(agent.View(), {"word": "1.00000001", "peers": [peer], "me": me})
-        config = agent.Config({**agent.Config.FIELDS, "network": "demo", "interface": IF})
+        config = agent.Config({"network": "demo", "interface": IF})
         wanted, warnings = agent.desire(view, "me", config, key_like("private"), {"b": "203.0.113.7:51821"})
         self.assertEqual((wanted.addresses, warnings), ({"10.20.30.2/24"}, []))
         self.assertEqual(wanted.peers[key_like("b")].allowed, {"10.20.30.5/32"})
@@ -194,7 +194,7 @@ class Parsers(unittest.TestCase):
         secret = agent.Secret("demo", "node", "look", b"a" * 32, b"z" * 32, b"s" * 32)
         self.assertEqual(agent.Secret.parse("demo", secret.text()).text(), secret.text())
         self.assertEqual(agent.Counters(agent.Counters().text()).text(), agent.Counters().text())
-        config = agent.Config({**agent.Config.FIELDS, "network": "demo"})
+        config = agent.Config({"network": "demo"})
         self.assertEqual(agent.Config.parse(config.text()).text(), config.text())
         self.assertEqual(agent.Memory(json.loads(agent.Memory().text())).text(), agent.Memory().text())
 

@@ -69,7 +69,7 @@ def view_of(*records: Mapping[str, Any], **me: Any) -> View:
 
 
 def config_of(**fields: Any) -> Config:
-    return Config({**Config.FIELDS, "network": "demo", "interface": IF, "servers": ["http://203.0.113.10:8081"], **fields})
+    return Config({"network": "demo", "interface": IF, "servers": ["http://203.0.113.10:8081"], **fields})
 
 
 class ModelRun(Run):

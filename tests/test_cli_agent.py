@@ -23,6 +23,7 @@ from netclient_lite import COMMANDS, IGNORED, SETTINGS, Token, b64, make_token
 
 PIN = bytes(range(32))
 TOKEN = make_token(Token(("http://127.0.0.1:9",), PIN, "default", "k1." + b64(b"0123456789abcdef")))
+PARSER = agent.build_parser()
 VERBS = [command.name for command in COMMANDS]
 
 
@@ -78,7 +79,7 @@ def written(root):
 
 
 def parsed(*words):
-    return agent.build_parser().parse_args(agent.spelled_out(words))
+    return PARSER.parse_args(agent.spelled_out(words))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
