@@ -38,9 +38,9 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 # WIRE
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 # A check-in every 15 s is the hot path of the product, so this section imports C built-ins only: `import json` alone costs as
 # much as starting Python. The private names are CPython's; the public modules stand in where they are missing.
 
@@ -163,7 +163,6 @@ def http(
 
 
 def _connected(host: str, port: int, timeout: float) -> Any:
-    """A connected socket to the first of the host's addresses that answers."""
     failure: OSError = OSError(errno.EHOSTUNREACH, "no address")
     # bytes, since a str host name would import encodings.idna, stringprep and re: 25 M instructions
     for family, kind, proto, _, address in _socket.getaddrinfo(host.encode(), port, 0, _socket.SOCK_STREAM):
@@ -205,29 +204,33 @@ def _complete(data: bytes) -> bool:
         return True
     at = head.lower().find(b"\r\ncontent-length:")
     length = head[at + 17 :].split(b"\r\n", 1)[0].strip() if at >= 0 else b""
-    return length.isdigit() and len(body) >= int(length)
+    return 0 <= _number(length) <= len(body)
+
+
+def _number(text: bytes) -> int:
+    """A number in a header; -1 where there is none (int() takes digits of all scripts, and chokes on thousands of them)."""
+    return int(text) if text.isdigit() and len(text) < 16 else -1
 
 
 def _parsed(data: bytes) -> tuple[int, dict[str, str], bytes]:
     head, found, body = data.partition(b"\r\n\r\n")
     lines = head.split(b"\r\n")
     first = lines[0].split(b" ", 2)
-    if not found or len(first) < 2 or not first[0].startswith(b"HTTP/") or not first[1].isdigit():
+    if not found or len(first) < 2 or not first[0].startswith(b"HTTP/") or _number(first[1]) < 0:
         raise BadAnswer("what answers there does not speak HTTP")
     headers = {}
     for line in lines[1:]:
         name, _, value = line.decode("latin-1").partition(":")
         headers[name.strip().lower()] = value.strip()
-    length = headers.get("content-length", "")
-    if length.isdigit():
-        if len(body) < int(length):
+    length = _number(headers.get("content-length", "").encode("latin-1"))
+    if length >= 0:
+        if len(body) < length:
             raise BadAnswer("the answer was cut off")
-        body = body[: int(length)]
+        body = body[:length]
     return int(first[1]), headers, body
 
 
 def addresses_of(host: str) -> list[str]:
-    """The addresses of a host; none where its name does not resolve now."""
     try:
         return sorted({str(place[4][0]) for place in _socket.getaddrinfo(host.encode(), 0, 0, _socket.SOCK_STREAM)})
     except OSError:
@@ -384,6 +387,7 @@ def root_folder() -> str:
 
 
 HANDED_OVER: dict[str, tuple[int, Answer | None]] = {}  # networks the quick pass has locked, and the answer that it got
+QUICKLY_DONE: set[str] = set()  # networks for which it was enough
 
 
 def glance(network: str) -> bool:
@@ -408,13 +412,13 @@ def glance(network: str) -> bool:
     if answer.status == 204 and own == counters.local:
         del HANDED_OVER[network]
         _os.close(held)
+        QUICKLY_DONE.add(network)
         return True
     HANDED_OVER[network] = (held, answer)
     return False
 
 
 def proxy_is_set() -> bool:
-    """Whether the environment names an HTTP proxy."""
     environment: Any = getattr(_os, "environb", _os.environ)
     return any(environment.get(name) for name in (b"http_proxy", b"https_proxy", b"HTTPS_PROXY", b"all_proxy", b"ALL_PROXY"))
 
@@ -445,9 +449,9 @@ if __name__ == "__main__":
 
         site.main()
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 # IMPORTS
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 # Only what OpenWrt's python3-light and python3-openssl hold: no urllib, http.client, logging, uuid, pathlib, tempfile.
 
 import argparse
@@ -462,9 +466,9 @@ import threading
 from enum import IntEnum
 from typing import NamedTuple
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 # ERRORS
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 class ExitStatus(IntEnum):
@@ -514,9 +518,9 @@ class CommandFailed(NetclientError):
         self.code, self.stderr = code, stderr
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 # TOKENS
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 # What server and agent must agree on. The server imports it from here.
 
 CURVE_P = 2**255 - 19
@@ -585,7 +589,7 @@ def _original_token(fields: Mapping[str, Any]) -> Token:
 def check_network(name: str) -> str:
     """A network's name, folded to lower case: 1-12 of letters, digits, `.`, `_`, `-`, a letter or digit first; not `all`."""
     folded = name.lower()
-    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{0,11}", folded):
+    if not re.fullmatch(r"(?!.*\.tmp$)[a-z0-9][a-z0-9._-]{0,11}", folded):  # .tmp: a file half written
         raise Invalid(f"{name!r} is no network name: 1 to 12 letters, digits, '.', '_' or '-', a letter or digit first")
     if folded == "all":
         raise Invalid("a network cannot be called 'all': that word means every network")
@@ -606,6 +610,13 @@ def fold_name(text: str) -> str:
     return folded[:62].rstrip("-") or "node"
 
 
+def check_interface(name: str) -> str:
+    """An interface name that is safe in a path and on a command line: 1-15 characters."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}", name):
+        raise Invalid(f"{name!r} is no interface name: 1 to 15 letters, digits, '_', '.' or '-', no '.' or '-' first")
+    return name
+
+
 def check_key(text: str) -> str:
     """A WireGuard public key: the one canonical base64 of 32 bytes."""
     try:
@@ -620,7 +631,7 @@ def check_key(text: str) -> str:
 def check_address(text: str, version: int = 0) -> str:
     """An IP address in its canonical text; IPv4-mapped IPv6 becomes IPv4. `version` 4 or 6 asks for that kind."""
     try:
-        address = ipaddress.ip_address(text)
+        address = ipaddress.ip_address(str(text))  # it takes numbers too
     except ValueError as bad:
         raise Invalid(f"{text!r} is no IP address") from bad
     mapped = getattr(address, "ipv4_mapped", None)
@@ -708,7 +719,6 @@ def ladder(scalar: bytes, point: bytes) -> bytes:
 
 
 def public_key(scalar: bytes) -> bytes:
-    """The public half of an X25519 private key."""
     return x25519(scalar, b"\x09" + bytes(KEY_BYTES - 1))
 
 
@@ -734,9 +744,9 @@ def unseal(box: Any, body: bytes) -> bytes:
         raise BadAnswer("a sealed body does not open") from bad
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 # SETTINGS
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 class Setting(NamedTuple):
@@ -753,19 +763,19 @@ class Setting(NamedTuple):
 
 SETTINGS = (
     Setting("network", "NETCLIENT_NETWORK", "network, or all (default)", "text", ("n",), "NET"),
-    Setting("token", "NETCLIENT_ACCESSTOKEN", "access token: server, its key, network and access key in one", "text", ("t",)),
-    Setting("key", "NETCLIENT_ACCESSKEY", "access key (with --apiserver and -n, where there is no token)", "text", ("k",)),
+    Setting("token", "NETCLIENT_ACCESSTOKEN", "access token: server, network and access key in one", "text", ("t",)),
+    Setting("key", "NETCLIENT_ACCESSKEY", "access key (with --apiserver and -n)", "text", ("k",)),
     Setting("apiserver", "NETCLIENT_API_SERVER", "HOST:PORT or URL of the server", "text", (), "HOST:PORT"),
     Setting(
         "server-key",
         "NETCLIENT_SERVER_KEY",
-        "the server's key (fingerprint), as `netmaker-lite serve` prints it",
+        "the server's key, as `netmaker-lite serve` prints it",
         "text",
         (),
         "K",
     ),
     Setting("name", "NETCLIENT_NAME", "name of this node (default: the host name)"),
-    Setting("endpoint", "NETCLIENT_ENDPOINT", "public address that others shall use; never replaced", "text", ("e",), "IP"),
+    Setting("endpoint", "NETCLIENT_ENDPOINT", "public address; never replaced", "text", ("e",), "IP"),
     Setting("port", "NETCLIENT_PORT", "UDP port to listen on; never replaced", "number", (), "PORT", (1024, 65535)),
     Setting("address", "NETCLIENT_ADDRESS", "wished overlay address", "text", ("a",), "IP"),
     Setting(
@@ -793,7 +803,7 @@ SETTINGS = (
     Setting(
         "privatekey",
         "NETCLIENT_PRIVATEKEY",
-        "WireGuard private key (better by environment: arguments are visible)",
+        "WireGuard private key (better by environment)",
         "text",
         ("privkey",),
         "KEY",
@@ -801,7 +811,7 @@ SETTINGS = (
     Setting(
         "daemon",
         "NETCLIENT_DAEMON",
-        "on: check in every 15 s by this machine's init system; resident: stay; off: nothing is installed",
+        "on: a check-in every 15 s (default); resident: stay; off: no service",
         "daemon",
     ),
 )
@@ -868,7 +878,6 @@ class Paths:
         return f"{self.config}/{kind}-{network}"
 
     def networks(self) -> list[str]:
-        """The networks joined, by name."""
         try:
             names = os.listdir(self.config)
         except OSError:
@@ -876,9 +885,9 @@ class Paths:
         return sorted(name[10:] for name in names if name.startswith("netconfig-") and not name.endswith(".tmp"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 # VALUES
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 FRESH = 180  # seconds: WireGuard's REJECT_AFTER_TIME; a session older than that carries nothing
 KEEP_AFTER_RESTORE = 3600.0  # seconds that peers unknown to a restored server stay
@@ -1026,6 +1035,8 @@ class Memory(Kept):
     trial: dict[str, Any] | None = None  # the view before a change that the server has not confirmed
     rejected: dict[str, str] = {}
     said: str = ""
+    warned: list[str] = []
+    server: list[str] = []  # its addresses when its name last resolved
 
     def __init__(self, values: Mapping[str, Any] | None = None) -> None:
         super().__init__(values)
@@ -1035,9 +1046,9 @@ class Memory(Kept):
         return json.dumps({**self.values(), "view": self.view.values()}, separators=(",", ":"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 # PARSE
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 def parse_dump(text: str) -> Actual:
@@ -1054,7 +1065,10 @@ def parse_dump(text: str) -> Actual:
 
 
 def _live_peer(field: Sequence[str]) -> LivePeer:
-    where = "" if field[2] == "(none)" else field[2]
+    try:
+        where = endpoint(*split_endpoint(field[2]))
+    except Invalid:  # (none); or one that cannot be told to others: its peer chose it, which must not stop us
+        where = ""
     allowed = frozenset() if field[3] == "(none)" else frozenset(field[3].split(","))
     keepalive = 0 if field[7] == "off" else int(field[7])
     return LivePeer(field[0], where, allowed, keepalive, int(field[4]), int(field[5]), int(field[6]))
@@ -1138,7 +1152,7 @@ def parse_record(record: Any) -> dict[str, Any]:
     if record.get("ip6"):
         clean["ip6"] = check_address(record["ip6"], 6)
     if record.get("ips"):
-        clean["ips"] = [str(ipaddress.ip_network(text)) for text in record["ips"]]
+        clean["ips"] = [str(ipaddress.ip_network(str(text))) for text in record["ips"]]
     for kind in ("static", "at", "seen", "local"):
         if record.get(kind):
             clean[kind] = endpoint(*split_endpoint(record[kind]))
@@ -1155,7 +1169,7 @@ def parse_me(me: Any) -> dict[str, Any]:
     for kind, version, width in (("ip", 4, "range"), ("ip6", 6, "range6")):
         if me.get(kind):
             clean[kind] = check_address(me[kind], version)
-            network = ipaddress.ip_network(me[width])
+            network = ipaddress.ip_network(str(me[width]))
             if ipaddress.ip_address(clean[kind]) not in network:
                 raise Invalid(f"the own address {clean[kind]} is not in {network}")
             clean[width] = str(network)
@@ -1167,6 +1181,7 @@ def parse_me(me: Any) -> dict[str, Any]:
     for kind, usual in (("dns", True), ("forwarding", True), ("punch", True), ("local", False)):
         clean[kind] = me.get(kind, usual) is True
     clean["deny"] = [str(node) for node in me.get("deny", ())]
+    clean["interface"] = check_interface(me.get("interface") or "nm-")
     return clean
 
 
@@ -1192,13 +1207,12 @@ def parse_news(view: View, news: Any) -> View:
         raise BadAnswer(f"the server sent something that this agent does not understand ({bad}): update netclient-lite?") from bad
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 # PLAN
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 def inside(address: str, networks: Iterable[str]) -> bool:
-    """Whether an address lies in one of the networks."""
     parsed = ipaddress.ip_address(address)
     return any(parsed in ipaddress.ip_network(text, strict=False) for text in networks)
 
@@ -1247,11 +1261,10 @@ def choose_endpoint(
         known = [*known[1:], known[0]]
     if saved and not live and saved not in known and not place.local_only and not record.get("static"):
         known = [saved, *known]
-    return known[turn % len(known)] if known else ""
+    return known[(turn - (near and deaf and turn > 0)) % len(known)] if known else ""  # a turn of its own for the one put first
 
 
 def allowed_ips(record: Mapping[str, Any]) -> list[str]:
-    """What a peer owns: its addresses and the ranges behind it."""
     own = [record["ip"] + "/32"] if record.get("ip") else []
     own += [record["ip6"] + "/128"] if record.get("ip6") else []
     return own + list(record.get("ips", ()))
@@ -1285,7 +1298,6 @@ def guarded(view: View, node: str, keep_out: Sequence[str]) -> tuple[dict[str, f
 
 
 def _unfit(text: str, homes: Sequence[Any], out: Sequence[tuple[str, Any]]) -> str:
-    """Why a range must not go into the tunnel; "" where it may."""
     network: Any = ipaddress.ip_network(text)
     if any(network.version == home.version and network.subnet_of(home) for home in homes):
         return ""
@@ -1357,7 +1369,6 @@ def _falls(address: str, actual: Actual, desired: Desired) -> bool:
 
 
 def networks_of(addresses: Iterable[str]) -> frozenset[str]:
-    """The networks that addresses with a prefix length are in."""
     return frozenset(str(ipaddress.ip_interface(text).network) for text in addresses)
 
 
@@ -1422,15 +1433,19 @@ def _peer_words(live: LivePeer | None, peer: Peer) -> list[str]:
     return words
 
 
+METRIC = 5000  # of our routes: `ip route replace` takes the place of what has the same destination and metric, on any interface
+
+
 def _route_steps(interface: str, verb: str, routes: Iterable[str], batch: bool) -> list[Step]:
     chosen = sorted(routes)
+    more = ("metric", str(METRIC)) if verb == "replace" else ()
     if batch and len(chosen) > 1:
-        text = "".join(f"route {verb} {route} dev {interface}\n" for route in chosen)
+        text = "".join(" ".join(("route", verb, route, "dev", interface, *more)) + "\n" for route in chosen)
         return [Step(("ip", "-batch", "-"), "%s %d routes" % (verb, len(chosen)), text)]
     steps = []
     for route in chosen:
         family = ("-6",) if ":" in route else ()
-        steps.append(Step(("ip", *family, "route", verb, route, "dev", interface), f"{verb} route {route}"))
+        steps.append(Step(("ip", *family, "route", verb, route, "dev", interface, *more), f"{verb} route {route}"))
     return steps
 
 
@@ -1439,9 +1454,9 @@ def cuts_off(actual: Actual, desired: Desired) -> bool:
     return actual.exists and actual.up and (frozenset(actual.addresses), actual.routes) != (desired.addresses, desired.routes)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 # RUN
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 def show(line: str, dry: bool) -> None:
@@ -1485,7 +1500,6 @@ class Run:
         return done.stdout or ""
 
     def has(self, program: str) -> bool:
-        """Whether a program is on the PATH (shutil.which without importing shutil)."""
         places = self.environment["PATH"].split(":")
         return any(os.access(os.path.join(place, program), os.X_OK) for place in places if place)
 
@@ -1499,9 +1513,9 @@ class Run:
                 self(*step.argv, stdin=step.stdin, detached=step.detached)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 # FILES
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 class Files:
@@ -1523,10 +1537,7 @@ class Files:
             handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.rename(temporary, path)
-            self._sync_folder(os.path.dirname(path))
+            self.keep(temporary, path)
         except OSError as bad:
             self._discard(temporary)
             raise NetclientError(
@@ -1535,7 +1546,6 @@ class Files:
         return True
 
     def remove(self, path: str) -> None:
-        """Remove a file that may be gone already."""
         if self.dry:
             if os.path.exists(path):
                 show("remove " + path, True)
@@ -1543,7 +1553,6 @@ class Files:
         self._discard(path)
 
     def volatile(self, path: str, text: str) -> None:
-        """Replace a file on tmpfs."""
         if self.dry:
             return
         try:
@@ -1562,11 +1571,17 @@ class Files:
         except OSError as bad:
             raise NetclientError(f"cannot lock {path} ({bad.strerror}): make room there") from bad
 
+    def keep(self, temporary: str, path: str) -> None:
+        """Put a written file in its place so that a power cut leaves the old or the new one."""
+        self._sync(temporary)
+        os.rename(temporary, path)
+        self._sync(os.path.dirname(path))
+
     @staticmethod
-    def _sync_folder(path: str) -> None:
+    def _sync(path: str) -> None:
         handle = os.open(path, os.O_RDONLY)
         try:
-            os.fsync(handle)  # else a power cut may forget the rename
+            os.fsync(handle)
         except OSError:
             pass  # some FUSE and network file systems cannot
         finally:
@@ -1578,17 +1593,15 @@ class Files:
             os.unlink(path)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 # SYSTEM
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 OVERLAY_OR_CONTAINER = re.compile(r"(lo|docker.*|br-[0-9a-f]{12}|veth.*|cni.*|virbr.*|tun.*|wg.*|nm-.*)$")
 USERSPACE = ("wireguard-go", "boringtun-cli", "boringtun")
 
 
 class KernelWireGuard:
-    """WireGuard in the kernel."""
-
     def __init__(self, run: Run) -> None:
         self.run = run
 
@@ -1625,6 +1638,9 @@ class UserspaceWireGuard:
         return Step((self.programs[0], interface), f"make {interface} in userspace", detached=True)
 
 
+YOUNG = 600.0  # seconds after booting in which a clock may be set: later somebody else has, or trusts it as it is
+
+
 class System:
     """This machine, read anew each time: nothing about it is remembered."""
 
@@ -1645,11 +1661,9 @@ class System:
         return any(line.split(":")[0].strip() == interface for line in read_text("/proc/net/dev").splitlines())
 
     def links(self) -> dict[str, Link]:
-        """All interfaces: whether up, MTU, addresses with prefix length."""
         return parse_links(self.run("ip", "addr", "show"))
 
     def actual(self, interface: str, links: Mapping[str, Link]) -> Actual:
-        """What the interface is now: three more short commands where it is there."""
         if interface not in links:
             return Actual()
         up, mtu, addresses, _ = links[interface]
@@ -1675,7 +1689,6 @@ class System:
         return {text: name for name, link in real.items() for text in link.addresses}
 
     def removal(self, interface: str) -> list[Step]:
-        """The step that removes an interface, where it is there."""
         return [Step(("ip", "link", "del", "dev", interface), f"remove {interface}")] if self.exists(interface) else []
 
     def lan_hash(self) -> str:
@@ -1689,10 +1702,9 @@ class System:
         cards = {}
         for name in sorted(os.listdir("/sys/class/net") if os.path.isdir("/sys/class/net") else ()):
             if not OVERLAY_OR_CONTAINER.match(name):
-                cards[name] = (
-                    read_text(f"/sys/class/net/{name}/address").strip(),
-                    os.path.exists(f"/sys/class/net/{name}/device"),
-                )
+                folder = f"/sys/class/net/{name}/"  # assigned 0: for good; wireless cards change theirs at random
+                lasting = os.path.exists(folder + "device") and read_text(folder + "addr_assign_type").strip() in ("", "0")
+                cards[name] = (read_text(folder + "address").strip(), lasting)
         real = [mac_address for mac_address, is_real in cards.values() if is_real] or [
             mac_address for mac_address, _ in cards.values()
         ]
@@ -1721,7 +1733,8 @@ class System:
         behind = known - time.time()
         if behind < 60:
             return ""
-        if os.path.exists("/sys/class/rtc/rtc0") or self.run.dry:
+        kept = os.path.exists("/sys/class/rtc/rtc0") or os.environ.get("NETCLIENT_SET_CLOCK", "yes").lower() in NO
+        if kept or self.run.dry or time.monotonic() > YOUNG:
             return f"the clock is {behind:.0f} s behind {whose}: WireGuard's peers may ignore this node until it is set (ntpd)"
         try:
             time.clock_settime(time.CLOCK_REALTIME, known)
@@ -1730,9 +1743,9 @@ class System:
         return f"the clock was {behind:.0f} s behind {whose} and has been set forward"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 # API
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 class Reply(NamedTuple):
@@ -1762,7 +1775,6 @@ class SocketTransport:
         return not proxy_is_set()
 
     def send(self, url: str, path: str, line: str, body: bytes, timeout: float, verify: bool) -> Reply:
-        """POST with a line, GET without one."""
         tls, host, port, prefix = split_url(url)
         if line:
             request = post(host, port, prefix, path, line, body)
@@ -1789,16 +1801,20 @@ class RequestsTransport:
         tls, host, port, prefix = split_url(url)
         place = "{}://{}{}{}".format("https" if tls else "http", endpoint(host, port), prefix, path)
         try:
-            got = requests.request(
-                method, place, data=body, headers=headers, timeout=timeout, verify=verify, allow_redirects=False
-            )
+            end, data = time.monotonic() + timeout * 8, b""
+            with requests.request(
+                method, place, data=body, headers=headers, timeout=timeout, verify=verify, allow_redirects=False, stream=True
+            ) as got:
+                for piece in got.iter_content(65536):
+                    data += piece
+                    if len(data) > MAX_ANSWER or time.monotonic() > end:
+                        raise BadAnswer("the answer is too long")
         except requests.RequestException as bad:
             raise OSError(str(bad)) from bad
-        return Reply(got.status_code, {name.lower(): value for name, value in got.headers.items()}, got.content, "")
+        return Reply(got.status_code, {name.lower(): value for name, value in got.headers.items()}, data, "")
 
 
 def transport() -> SocketTransport | RequestsTransport:
-    """The first that is supported; the plain one in any case."""
     for one in (SocketTransport(), RequestsTransport()):
         if one.is_supported():
             return one
@@ -1826,7 +1842,6 @@ class Session:
         return self._any_server(lambda server: self._join(server, proof, facts, wishes))
 
     def prove(self) -> Answer:
-        """Ask the server to prove itself, and nothing else; learns the incarnation."""
         answer: Answer = self._any_server(self._prove)
         return answer
 
@@ -1855,7 +1870,6 @@ class Session:
         raise Unreachable("; ".join(failures))
 
     def _reason(self, server: str, bad: Exception) -> str:
-        """Why a server's word does not count, for a person."""
         if isinstance(bad, OSError):
             return why_not(bad)
         try:
@@ -1950,16 +1964,16 @@ def fetch_pin(sender: SocketTransport | RequestsTransport, server: str, verify: 
     reply = sender.send(server, HELLO_PATH, "", b"", HTTP_TIMEOUT, verify)
     try:
         pin = unb64(json.loads(reply.body)["pin"])
-    except (ValueError, KeyError, TypeError) as bad:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as bad:
         raise BadAnswer("there is no netmaker-lite server") from bad
     if len(pin) != KEY_BYTES:
         raise BadAnswer("there is no netmaker-lite server")
     return pin
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 # RECONCILE
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 class Context(NamedTuple):
@@ -2032,7 +2046,6 @@ def with_ranges_of(view: View, old: View) -> None:
 
 
 def reported(memory: Memory, told: Mapping[str, Any]) -> None:
-    """Remember what the server has heard."""
     memory.facts.update(told.get("facts", {}))
     memory.wishes.update(told.get("wishes", {}))
     for name, known in (("seen", memory.seen), ("mute", memory.mute)):
@@ -2063,7 +2076,6 @@ def lingering(memory: Memory, before: View, after: View, snapshot: bool, now: fl
 
 
 def lapse(memory: Memory, view: View, now: float) -> None:
-    """Drop the lingering peers whose hour is over."""
     for node, until in list(memory.kept.items()):
         if not 0 <= until - now <= KEEP_AFTER_RESTORE:
             del memory.kept[node]
@@ -2077,7 +2089,6 @@ def forget(context: Context, network: str) -> None:
 
 
 def forget_staged(context: Context, network: str) -> None:
-    """Remove what a join has prepared."""
     forget(context._replace(paths=context.paths.staged()), network)
 
 
@@ -2121,13 +2132,14 @@ class Node:
         return cls(context, config, secret, private)
 
     def _remembered(self) -> Memory:
-        """What tmpfs holds; after a reboot the last good state from flash."""
         try:
             return Memory(json.loads(read_text(self.paths.of("memory", self.config.network))))
         except (ValueError, TypeError, AttributeError):
             memory = Memory()
         with contextlib.suppress(ValueError, TypeError, AttributeError):
             memory.view = View(json.loads(read_text(self.paths.of("peers", self.config.network))))
+        # what the user wished was told when it was written down; an administrator's later word counts
+        memory.wishes = dict(self.config.wishes)
         self.counters.word, self.counters.incarnation = "-", memory.view.incarnation
         return memory
 
@@ -2153,10 +2165,9 @@ class Node:
         self.files.write(path, json.dumps(memory.view.values(), separators=(",", ":")) + "\n")
         memory.flashed = now
 
-    # -- the machine ---------------------------------------------------------------------------------------------------
+    # -- the machine
 
     def read(self) -> Actual:
-        """Read the machine: the interface, and where this machine stands."""
         links = self.context.system.links()
         self._live = self.context.system.actual(self.config.interface, links)
         self.fresh = watch(self.memory, self._live, time.time(), time.monotonic())
@@ -2168,15 +2179,15 @@ class Node:
         return self._live
 
     def keep_out(self) -> list[str]:
-        """What must never be routed into the tunnel: the server in use, the peers' endpoints, the own LANs."""
         endpoints = [live.endpoint for live in self._live.peers.values() if live.endpoint]
         found = [split_endpoint(text)[0] for text in endpoints]
-        if self.counters.server != "-":
-            found += addresses_of(split_url(self.counters.server)[1])
+        if self.counters.server != "-" and any(record.get("ips") for record in self.memory.view.peers.values()):
+            # only where a range could swallow it; while DNS is down, what it said last
+            self.memory.server = addresses_of(split_url(self.counters.server)[1]) or self.memory.server
+            found += self.memory.server
         return [*found, *self.place.subnets]
 
     def desired(self, view: View) -> Desired:
-        """The interface that a view asks for, with an endpoint chosen for each peer."""
         now = time.monotonic()
         endpoints = {}
         ranges = [view.me[width] for width in ("range", "range6") if view.me.get(width)]
@@ -2194,9 +2205,11 @@ class Node:
             address = split_endpoint(chosen)[0] if chosen else ""
             if chosen and address not in mine and not inside(address, ranges):
                 endpoints[node] = chosen
-        wanted, warnings = desire(view, self.secret.node, self.config, self.private, endpoints, self.keep_out())
-        for warning in warnings:
+        out = [*self.keep_out(), *(split_endpoint(text)[0] for text in endpoints.values())]
+        wanted, warnings = desire(view, self.secret.node, self.config, self.private, endpoints, out)
+        for warning in [text for text in warnings if text not in self.memory.warned]:
             self.context.say(f"{self.config.network}: {warning}")
+        self.memory.warned = warnings
         if view.state == "disabled":
             wanted = wanted._replace(peers={})
         return wanted._replace(port=self._port(wanted.port))
@@ -2220,7 +2233,6 @@ class Node:
         return wished
 
     def apply(self, view: View) -> bool:
-        """Make the machine what the view asks for; whether anything had to change."""
         if view.state not in ("active", "disabled") or not (view.me.get("ip") or view.me.get("ip6")):
             return False
         wanted = self.desired(view)
@@ -2242,7 +2254,6 @@ class Node:
         return bool(steps)
 
     def _await_interface(self) -> None:
-        """A userspace implementation answers a moment after its link is there."""
         end = time.monotonic() + 5
         while not self.run.dry:
             try:
@@ -2253,15 +2264,9 @@ class Node:
                     raise
                 time.sleep(0.05)
 
-    def take_down(self) -> None:
-        """Remove the interface, and with it its peers, addresses and routes; then the membership's files."""
-        self.run.apply(self.context.system.removal(self.config.interface))
-        forget(self.context, self.config.network)
-
-    # -- the conversation ------------------------------------------------------------------------------------------------
+    # -- the conversation
 
     def facts(self) -> dict[str, Any]:
-        """What this machine is, as the server needs to know it."""
         local = self.config.localaddress or self._local_address()
         return {
             "key": self.memory.facts.get("key") or derived_public(self.private),
@@ -2286,7 +2291,6 @@ class Node:
         return before if before in found else found[0] if found else ""
 
     def exchange(self) -> Any:
-        """Report and ask; the body of a 200, None for nothing new."""
         now = time.monotonic()
         told = {} if self.run.dry else report(self.memory, self._live, self.fresh, self.facts(), self.config.wishes, now)
         answer, data = self.session.exchange(told)
@@ -2353,12 +2357,23 @@ class Node:
                 memory.waiting[record["key"]] = time.monotonic()  # something new to try: from the first candidate on
         if before.me and not refused and cuts_off(self._live, self._wanted_routes(after)):
             memory.trial = before.values()
+        named = after.me.get("interface", "")  # the network's, for a first time and where the user named none
+        if (
+            not before.me
+            and named
+            and self.config.interface == "nm-" + self.config.network
+            and not self.context.system.exists(named)
+        ):
+            self.config.interface = named
+            self.files.write(self.paths.of("netconfig", self.config.network), self.config.text())
         memory.view = after
         self.counters.word = after.word
         if not self.run.dry:
             self.save_memory()
             self.save_counters()
         self.apply(after)
+        if after.me.get("port") != self.config.port:  # another than the server says: it has to hear of it again
+            memory.facts.pop("port", None)
 
     def _wanted_routes(self, view: View) -> Desired:
         return (
@@ -2368,19 +2383,21 @@ class Node:
         )
 
     def _check_clash(self, view: View) -> None:
-        """Refuse a network that lies over one of this machine's own: it would cut the machine off."""
         ranges = {view.me.get("range"), view.me.get("range6")} - {
             None,
             self.memory.view.me.get("range"),
             self.memory.view.me.get("range6"),
         }
-        for text, interface in self.homes.items():
+        known = ranges and self.counters.server != "-"
+        servers = addresses_of(split_url(self.counters.server)[1]) if known else []
+        for text, interface in {**self.homes, **dict.fromkeys(servers, "the server")}.items():
             own: Any = ipaddress.ip_interface(text).network
             for network in map(ipaddress.ip_network, sorted(filter(None, ranges))):
                 if own.version == network.version and own.overlaps(network):
                     raise NetclientError(
                         f"the network's range {network} overlaps {own} of {interface} on this machine: nothing was changed; "
-                        f"the administrator can move the network (netmaker-lite network set {self.config.network} addressrange=…)"
+                        f"the administrator can move it (netmaker-lite network set {self.config.network} addressrange=…); "
+                        "a join needs a fresh token then"
                     )
 
     def _roll_back(self) -> None:
@@ -2413,7 +2430,7 @@ class Node:
         """Write down when the next full check is due (after a failure at once), and what the machine looks like until then."""
         now, memory = time.monotonic(), self.memory
         hurry = any(now - since < HOPELESS for key, since in memory.waiting.items() if self._tried(key))
-        unsettled = hurry or now < memory.unsettled or memory.trial is not None or memory.view.state != "active"
+        unsettled = hurry or now < memory.unsettled or memory.trial is not None  # an approval comes as a new word
         self.counters.due = now + CHECK_EVERY if done and not unsettled else 0
         self.counters.interface = self.config.interface
         self.counters.local = self.session.own or "-"
@@ -2435,19 +2452,17 @@ def _loaded(text: str) -> dict[str, Any]:
 
 
 def derived_public(private: str) -> str:
-    """The WireGuard public key of a private one, in base64."""
     return binascii.b2a_base64(public_key(binascii.a2b_base64(private)), newline=False).decode()
 
 
 def new_private() -> str:
-    """A WireGuard private key, clamped as `wg genkey` does, in base64."""
     raw = bytearray(os.urandom(KEY_BYTES))
     raw[0] &= 248
     raw[31] = raw[31] & 127 | 64
     return binascii.b2a_base64(bytes(raw), newline=False).decode()
 
 
-def check_in(context: Context, network: str, afresh: bool = False) -> ExitStatus:
+def check_in(context: Context, network: str, afresh: bool = False, retell: bool = False) -> ExitStatus:
     """One check-in of one network, under its lock; another run that has the lock is no error."""
     held, answer = HANDED_OVER.pop(network, (None, None))
     if held is None:
@@ -2456,6 +2471,8 @@ def check_in(context: Context, network: str, afresh: bool = False) -> ExitStatus
         return ExitStatus.OK
     try:
         node, done = Node.load(context, network), False
+        if retell:
+            node.memory.facts, node.memory.wishes, node.memory.seen, node.memory.mute = {}, {}, {}, {}
         try:
             outcome = _check_in(node, answer, afresh)
             done = True
@@ -2490,7 +2507,7 @@ def _check_in(node: Node, answer: Answer | None, afresh: bool) -> ExitStatus:
     if node.memory.view.state == "pending":
         say(f"{network}: waiting for the administrator's approval")
     elif node.memory.view.state == "disabled":
-        say(f"{network}: disabled by the administrator: no peers until it is enabled again")
+        say(f"{network}: disabled or expired: no peers until an administrator changes that")
     done = [step.why for step in node.changes if not step.why.startswith(TRY)]
     if done and not node.run.echo:
         say(f"{network}: {'; '.join(done[:6])}{' …' if len(done) > 6 else ''}")
@@ -2518,7 +2535,6 @@ def enrol(node: Node, wishes: Mapping[str, Any]) -> None:
 
 
 def parse_stored(text: str) -> str:
-    """`nettoken-NETWORK`: the access key "id.secret", or "" for manual sign-up."""
     key = text.strip()
     if key and not re.fullmatch(r"[\w-]{1,32}\.[\w-]{22,86}", key, re.ASCII):
         raise NetclientError("the stored access key is damaged: join again with --force and a fresh token")
@@ -2539,13 +2555,13 @@ def end_membership(node: Node, tell: str) -> bool:
             heard = heard or no.code in (404, 410)
         except (Unreachable, BadAnswer):
             break
-    node.take_down()
+    forget(node.context, node.config.network)
     return heard
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 # SERVICE
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 LAUNCHER = """#!/bin/sh
 # Made by netclient-lite {version}; units and cron lines call this. Bytecode where it fits the interpreter, else the source.
@@ -2556,7 +2572,6 @@ exec {fallback} "$@"
 
 SYSTEMD_SERVICE = """[Unit]
 Description=netclient-lite: {what}
-Documentation=man:netclient-lite(1)
 After=network-online.target
 Wants=network-online.target
 
@@ -2621,6 +2636,7 @@ def settle_in(context: Context) -> str:
 
     home, here = context.paths.home, os.path.abspath(__file__)
     launcher = home + "/netclient"
+    here = here.replace(home + "/netclient_lite.pyc", home + "/netclient_lite.py")
     if not here.endswith(".py") or "/site-packages/" in here or "/dist-packages/" in here:
         bytecode, fallback = here, "netclient-lite"  # installed as a module or package: used where it is
         if here.endswith(".py"):
@@ -2632,8 +2648,12 @@ def settle_in(context: Context) -> str:
         context.files.write(source, read_text(here), 0o755)
         fallback = "python3 " + source
         if not context.run.dry:
-            py_compile.compile(source, cfile=bytecode, doraise=True)
-    text = LAUNCHER.format(version=__version__, python=sys.executable, bytecode=bytecode, fallback=fallback)
+            # without docstrings: CPython reads a .pyc of more than 256 KiB byte by byte, an eighth of its whole start
+            py_compile.compile(source, cfile=bytecode + ".tmp", doraise=True, optimize=2)
+            context.files.keep(bytecode + ".tmp", bytecode)
+    # python3.11, not python3: bytecode is of one version, and after an upgrade of Python the launcher must take the source
+    python = os.path.realpath(sys.executable) if sys.prefix == sys.base_prefix else sys.executable
+    text = LAUNCHER.format(version=__version__, python=python, bytecode=bytecode, fallback=fallback)
     context.files.write(launcher, text, 0o755)
     return launcher
 
@@ -2658,22 +2678,20 @@ def install_service(context: Context, mode: str) -> None:
 
 
 def nudge_daemon(context: Context) -> None:
-    """Tell a running daemon that the set of networks has changed."""
     pid = read_text(context.paths.run + "/daemon.pid").strip()
     if pid.isdigit() and "netclient" in read_text(f"/proc/{pid}/cmdline"):
         with contextlib.suppress(OSError):
             os.kill(int(pid), signal.SIGHUP)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 # COMMANDS
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 Options = argparse.Namespace
 
 
 def need_root(verb: str) -> None:
-    """WireGuard, routes and the keys belong to root."""
     if os.geteuid() != 0:
         raise NetclientError(f"{verb} needs root, to which WireGuard and the keys belong: try `sudo netclient-lite {verb} …`")
 
@@ -2685,7 +2703,6 @@ def need_tools(context: Context) -> None:
 
 
 def chosen_networks(context: Context, options: Options) -> list[str]:
-    """The networks that -n names: one that is joined, or all."""
     joined = context.paths.networks()
     wanted = (options.network or "all").lower()
     if wanted == "all":
@@ -2697,7 +2714,6 @@ def chosen_networks(context: Context, options: Options) -> list[str]:
 
 
 def cmd_join(context: Context, options: Options) -> ExitStatus:
-    """Become a node of a network; on a joined machine update the settings."""
     need_root("join")
     need_tools(context)
     token = access_token(options)
@@ -2773,11 +2789,12 @@ def trusted_pin(context: Context, token: Token, options: Options) -> bytes:
         if sys.stdin.readline().strip().lower() in ("y", "yes"):
             return pin
         raise NetclientError("the server's key was not confirmed: nothing was changed")
-    secrets = {options.key, options.token, options.privatekey}
-    line = " ".join("…" if word in secrets else word for word in sys.argv[1:] if word != "join")
+    line = " ".join(word for word in sys.argv[1:] if word != "join")
+    for secret in filter(None, (options.key, options.token, options.privatekey)):
+        line = line.replace(secret, "…")  # also in --key=SECRET
     raise NetclientError(
         f"nobody is there to confirm the server's key. If {b64(pin)} is what `netmaker-lite serve` printed, run: "
-        f"netclient-lite join {line} --server-key {b64(pin)}"
+        f"netclient-lite join {line} --server-key={b64(pin)}"
     )
 
 
@@ -2787,9 +2804,11 @@ def prepare(context: Context, token: Token, options: Options) -> Node:
     A join that was interrupted goes on with the keys that it had, so that it is the same join to the server.
     """
     network, paths, files = token.network, context.paths, context.files
-    interface = options.interface or "nm-" + network
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,14}", interface):
-        raise UsageError(f"{interface!r} is no interface name: 1 to 15 letters, digits, '_', '.' or '-', no '.' or '-' first")
+    interface = check_interface(options.interface or "nm-" + network)
+    there = Paths(paths.root)
+    for other in there.networks():
+        if other != network and _loaded(read_text(there.of("netconfig", other))).get("interface") == interface:
+            raise UsageError(f"{interface} belongs to the network {other}: choose another --interface")
     wishes, chosen = checked(options)
     wishes.setdefault("name", fold_name(os.uname().nodename))
     private = options.privatekey or read_text(paths.of("wgkey", network)).strip() or new_private()
@@ -2801,10 +2820,9 @@ def prepare(context: Context, token: Token, options: Options) -> Node:
         raise UsageError("--publickey does not belong to --privatekey")
     context.system.backend()
     port = _join_port(context, options, _loaded(read_text(Paths(paths.root).of("netconfig", network))).get("port", 0))
-    if context.system.exists(interface) and not options.force:
-        raise NetclientError(
-            f"an interface {interface} is there: remove it (ip link del {interface}), or join with --force or another --interface"
-        )
+    own = _loaded(read_text(there.of("netconfig", network))).get("interface")
+    if context.system.exists(interface) and not (options.force and interface in (own, "nm-" + network)):
+        raise NetclientError(f"{interface} is there already: choose another --interface (--force replaces nm-{network})")
     pin = token.pin or trusted_pin(context, token, options)
     values = {**chosen, "network": network, "servers": list(token.servers), "interface": interface, "port": port}
     config = Config({**values, "fixed": options.port is not None, "wishes": wishes, "daemon": options.daemon or "on"})
@@ -2844,7 +2862,6 @@ def checked(options: Options) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def _prove(context: Context, config: Config, secret: Secret) -> None:
-    """Reach the server and have it prove that it holds the pinned key."""
     try:
         answer = Session(config, secret, Counters(), lambda: None).prove()
     except Unreachable as bad:
@@ -2864,7 +2881,6 @@ def _join_port(context: Context, options: Options, held: int) -> int:
 
 
 def tell_plan(node: Node) -> ExitStatus:
-    """What a dry run of a join can know: all but what the server would answer."""
     interface = node.config.interface
     wanted = Desired(interface, node.private, node.config.port, 1280, frozenset(["192.0.2.0/24"]), frozenset(), {})
     steps = plan(Actual(), wanted, node.context.system.backend().create(interface))
@@ -2882,7 +2898,9 @@ def join(context: Context, node: Node) -> ExitStatus:
     network, joined = node.config.network, context.paths.networks()
     try:
         # where a membership is replaced, its name and addresses are free only after it has ended
-        enrol(node, {} if network in joined else node.config.wishes)
+        old = View(_loaded(read_text(context.paths.of("peers", network)))).me if network in joined else {}
+        taken = [(wish, old.get(kind)) for wish, kind in (("name", "name"), ("address", "ip"), ("address6", "ip6"))]
+        enrol(node, {wish: value for wish, value in node.config.wishes.items() if (wish, value) not in taken})
     except (Unreachable, BadAnswer) as bad:
         raise Unreachable(
             f"the server stopped answering during the join ({bad}): run the same command again, it goes on"
@@ -2919,6 +2937,8 @@ def update(node: Node, options: Options) -> ExitStatus:
     """Join on a joined machine: new wishes and settings, the membership stays."""
     config = node.config
     wishes, chosen = checked(options)
+    if options.interface not in (None, config.interface) or options.privatekey:
+        raise UsageError(f"{config.network} is joined already: --interface and --privatekey need --force, which joins anew")
     config.wishes.update(wishes)
     for name, value in {**chosen, **({"daemon": options.daemon} if options.daemon else {})}.items():
         setattr(config, name, value)
@@ -2935,7 +2955,6 @@ def update(node: Node, options: Options) -> ExitStatus:
 
 
 def cmd_leave(context: Context, options: Options) -> ExitStatus:
-    """Leave networks (-n NET or all), also with the server gone."""
     need_root("leave")
     if not options.network:
         raise UsageError("leave needs -n NETWORK, or -n all")
@@ -2948,8 +2967,8 @@ def cmd_leave(context: Context, options: Options) -> ExitStatus:
                 _leave_rest(context, network)
                 continue
             heard = end_membership(node, "leave")
-            after = "" if heard or context.run.dry else "; the server could not be told: its administrator can remove the node"
-            print(f"{network}: left{after}")
+            after = "" if heard else "; the server could not be told: its administrator can remove the node"
+            print(f"{network}: would be left" if context.run.dry else f"{network}: left{after}")
         finally:
             forget_staged(context, network)
             os.close(held)
@@ -2960,20 +2979,18 @@ def cmd_leave(context: Context, options: Options) -> ExitStatus:
 
 
 def _leave_rest(context: Context, network: str) -> None:
-    """Finish a leave that was interrupted, or remove what is damaged."""
     interface = str(_loaded(read_text(context.paths.of("netconfig", network))).get("interface") or "nm-" + network)
     context.run.apply(context.system.removal(interface))
     forget(context, network)
     print(f"{network}: its files were damaged or incomplete; all of it is removed")
 
 
-def cmd_checkin(context: Context, options: Options, afresh: bool = False) -> ExitStatus:
-    """One check-in of one or all networks: what cron, procd and systemd call."""
-    need_root("checkin")
+def cmd_checkin(context: Context, options: Options, afresh: bool = False, retell: bool = False) -> ExitStatus:
+    need_root(options.verb)
     outcome = ExitStatus.OK
-    for network in chosen_networks(context, options):
+    for network in [name for name in chosen_networks(context, options) if name not in QUICKLY_DONE]:
         try:
-            check_in(context, network, afresh or bool(options.force))
+            check_in(context, network, afresh or bool(options.force), retell)
         except NetclientError as bad:
             context.say(f"{network}: {bad}" if not str(bad).startswith(network + ":") else str(bad))
             outcome = ExitStatus.FAILED
@@ -2981,28 +2998,14 @@ def cmd_checkin(context: Context, options: Options, afresh: bool = False) -> Exi
 
 
 def cmd_pull(context: Context, options: Options) -> ExitStatus:
-    """Fetch the whole state anew and apply it."""
-    need_root("pull")
     return cmd_checkin(context, options, afresh=True)
 
 
 def cmd_push(context: Context, options: Options) -> ExitStatus:
-    """Tell the server all about this machine again."""
-    need_root("push")
-    for network in chosen_networks(context, options):
-        held = _locked(context, network)
-        try:
-            node = Node.load(context, network)
-            node.memory.facts, node.memory.wishes, node.memory.seen, node.memory.mute = {}, {}, {}, {}
-            node.check_in()
-            node.finish()
-        finally:
-            os.close(held)
-    return ExitStatus.OK
+    return cmd_checkin(context, options, retell=True)
 
 
 def cmd_list(context: Context, options: Options) -> ExitStatus:
-    """The networks of this machine and their nodes, from what is known here."""
     need_root("list")
     listed = []
     for network in chosen_networks(context, options):
@@ -3028,20 +3031,11 @@ def cmd_list(context: Context, options: Options) -> ExitStatus:
                 "peers": sorted(peers, key=lambda peer: peer["name"]),
             }
         )
-    if options.json:
-        print(json.dumps(listed, indent=2))
-        return ExitStatus.OK
-    for entry in listed:
-        print("{}: {} {}".format(entry["network"], entry["name"], entry["address"] or entry["address6"] or "(no address yet)"))
-        rows = [(peer["name"], peer["address"], peer["endpoint"] or "-") for peer in entry["peers"]]
-        print(table(("  PEER", "ADDRESS", "ENDPOINT"), [("  " + row[0], *row[1:]) for row in rows]), end="")
-    if not listed:
-        print("no network is joined")
+    print(json.dumps(listed, indent=2))
     return ExitStatus.OK
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Text in columns; "" without rows."""
     if not rows:
         return ""
     widths = [max(len(str(row[i])) for row in (head, *rows)) for i in range(len(head))]
@@ -3081,6 +3075,7 @@ def status_of(node: Node) -> dict[str, Any]:
         "address": view.me.get("ip", ""),
         "address6": view.me.get("ip6", ""),
         "server": node.counters.server if node.counters.server != "-" else node.config.servers[0],
+        "state": view.state,
         "connected": actual.exists and actual.up,
         "revision": view.word,
         "last_exchange": int(wall - now + exchanged) if 0 < exchanged <= now else None,
@@ -3089,7 +3084,6 @@ def status_of(node: Node) -> dict[str, Any]:
 
 
 def cmd_status(context: Context, options: Options) -> ExitStatus:
-    """Peers: path, endpoint, age of the handshake, traffic; last contact with the server."""
     need_root("status")
     listed = [status_of(Node.load(context, network)) for network in chosen_networks(context, options)]
     if options.json:
@@ -3099,6 +3093,7 @@ def cmd_status(context: Context, options: Options) -> ExitStatus:
         last = entry["last_exchange"]
         contact = "last contact %d s ago" % (time.time() - last) if last else "no contact yet"
         up = entry["interface"] if entry["connected"] else entry["interface"] + " (down)"
+        up += {"pending": ", waiting for approval", "disabled": ", disabled by the administrator"}.get(entry["state"], "")
         where = " ".join(filter(None, (entry["address"], entry["address6"]))) or "(no address yet)"
         print(
             "{}: {}, {} on {}; {}, {}, revision {}".format(
@@ -3123,18 +3118,15 @@ def cmd_status(context: Context, options: Options) -> ExitStatus:
 
 
 def amount(count: int) -> str:
-    """Bytes for people."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024 or unit == "GiB":
-            return "%d B" % size if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    raise AssertionError("unreachable")
+    return (
+        "%d B" % count if count < 1024 else "%.1f KiB" % (count / 1024) if count < 1 << 20 else "%.1f MiB" % (count / (1 << 20))
+    )
 
 
 def cmd_daemon(context: Context, options: Options) -> ExitStatus:
-    """Stay, wait for the server's word, and apply changes within a second."""
     need_root("daemon")
+    if context.files.lock(context.paths.run + "/daemon.lock") is None:
+        raise NetclientError("a daemon runs already: end that one first, or leave it be")
     stop, again = threading.Event(), threading.Event()
 
     def end(*_: Any) -> None:
@@ -3147,19 +3139,28 @@ def cmd_daemon(context: Context, options: Options) -> ExitStatus:
     context.files.volatile(context.paths.run + "/daemon.pid", "%d\n" % os.getpid())
     watchers: dict[str, threading.Thread] = {}
     while not stop.is_set():
+        again.clear()
         for network in context.paths.networks():
             if network not in watchers or not watchers[network].is_alive():
-                watchers[network] = threading.Thread(target=stay, args=(context, network, stop), daemon=True)
+                watchers[network] = threading.Thread(target=stay, args=(context, network, stop, again), daemon=True)
                 watchers[network].start()
-        again.clear()
         again.wait()
     return ExitStatus.OK
 
 
-def stay(context: Context, network: str, stop: threading.Event) -> None:
+def stay(context: Context, network: str, stop: threading.Event, again: threading.Event) -> None:
+    try:
+        follow(context, network, stop)
+    finally:
+        stop.wait(5)
+        again.set()
+
+
+def follow(context: Context, network: str, stop: threading.Event) -> None:
     """The daemon's work for one network: check in, then wait for a new word. Says a failure once, and again when it changes."""
     said = ""
     while not stop.is_set() and network in context.paths.networks():
+        began = time.monotonic()
         try:
             check_in(context, network)
             said, failed = "", False
@@ -3169,10 +3170,12 @@ def stay(context: Context, network: str, stop: threading.Event) -> None:
             said, failed = str(bad), True
         if network not in context.paths.networks():
             return
-        wait_for_word(context, network, stop, failed)
+        # a look is only a hint: one that is forged, or comes from another address each time, must not keep us busy
+        least = 15.0 if wait_for_word(context, network, stop, failed) == "!" else 0.5
+        stop.wait(max(0.0, began + least - time.monotonic()))
 
 
-def wait_for_word(context: Context, network: str, stop: threading.Event, failed: bool) -> None:
+def wait_for_word(context: Context, network: str, stop: threading.Event, failed: bool) -> str:
     """Return when there is a reason for a check-in: a new word, the next full check, or a while after a failure."""
     while not stop.is_set():
         try:
@@ -3183,44 +3186,55 @@ def wait_for_word(context: Context, network: str, stop: threading.Event, failed:
             word = ""
         if not word:
             stop.wait(5 if failed else 15)
-            return
+            return ""
         if word != node.counters.word or left <= 50:
-            return
+            return word
+    return ""
 
 
 def cmd_version(context: Context, options: Options) -> ExitStatus:
-    """Print the version."""
     print(f"netclient-lite {__version__} (protocol {PROTOCOL})")
     return ExitStatus.OK
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 # CLI
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------
 
 
 class Command(NamedTuple):
-    """A verb, and the flags that its help shows; what it does is its function's docstring."""
+    """A verb, and the flags that its help shows."""
 
     name: str
     function: Callable[[Context, Options], ExitStatus]
+    help: str
     flags: tuple[str, ...] = ()
 
 
 JOIN_FLAGS = tuple(setting.name for setting in SETTINGS)
 COMMANDS = (
-    Command("join", cmd_join, (*JOIN_FLAGS, "accept-key", "force", "dry-run")),
-    Command("leave", cmd_leave, ("network", "dry-run")),
-    Command("checkin", cmd_checkin, ("network", "force", "dry-run")),
-    Command("pull", cmd_pull, ("network", "dry-run")),
-    Command("push", cmd_push, ("network", "dry-run")),
-    Command("list", cmd_list, ("network", "json")),
-    Command("status", cmd_status, ("network", "json")),
-    Command("daemon", cmd_daemon),
-    Command("version", cmd_version),
+    Command(
+        "join",
+        cmd_join,
+        "become a node of a network; on a joined machine update the settings",
+        (*JOIN_FLAGS, "accept-key", "force", "dry-run"),
+    ),
+    Command("leave", cmd_leave, "leave networks (-n NET or all), also with the server gone", ("network", "dry-run")),
+    Command(
+        "checkin",
+        cmd_checkin,
+        "check in once: ask, apply what is new, repair what is not as it should be",
+        ("network", "force", "dry-run"),
+    ),
+    Command("pull", cmd_pull, "fetch the whole state anew and apply it", ("network", "dry-run")),
+    Command("push", cmd_push, "tell the server all about this machine again", ("network", "dry-run")),
+    Command("list", cmd_list, "the networks of this machine and their nodes, as JSON", ("network", "json")),
+    Command("status", cmd_status, "peers: path, endpoint, age of the handshake, traffic", ("network", "json")),
+    Command("daemon", cmd_daemon, "stay, and apply changes within a second"),
+    Command("version", cmd_version, "print the version"),
 )
 SWITCHES = (
-    ("accept-key", "trust the server's key without a token or --server-key (for scripts, on a network you trust)"),
+    ("accept-key", "trust the server's key unseen (for scripts, on a network you trust)"),
     ("force", "join: replace what is there; checkin: a full one"),
     ("dry-run", "print the commands and files, change nothing"),
     ("json", "print JSON"),
@@ -3236,8 +3250,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True)
     for command in COMMANDS:
-        text = command.function.__doc__
-        verb = verbs.add_parser(command.name, help=text, description=text)
+        verb = verbs.add_parser(command.name, help=command.help, description=command.help)
         for setting in SETTINGS:
             names = ["--" + setting.name, *("-" + alias for alias in setting.aliases if len(alias) == 1)]
             names += ["--" + alias for alias in setting.aliases if len(alias) > 1]

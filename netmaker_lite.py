@@ -130,7 +130,7 @@ def whole(low: int, high: int) -> Callable[[str], int]:
 
     def checked(text: str) -> int:
         if not re.fullmatch("[0-9]{1,18}", text) or not low <= int(text) <= high:
-            raise Invalid("%r is no whole number from %d to %d" % (text, low, high))
+            raise Invalid("takes a whole number from %d to %d, not %r" % (low, high, text))
         return int(text)
 
     return checked
@@ -193,21 +193,34 @@ SETTINGS = (
     Setting("POLL_LIMIT", "64", "long-polls held at once", whole(1, 100000)),
     Setting("VERBOSITY", "1", "0 errors, 1 warnings, 2 events, 3 everything", whole(0, 3)),
 )
+SETTING_NAMES = frozenset(each.name for each in SETTINGS)
 SETTINGS_FILE = "netmaker.env"
 FLAGS = {"data": "NETMAKER_DATA", "host": "SERVER_BIND", "port": "API_PORT"}  # of the command line
 
 
-def read_settings_file(path: str) -> dict[str, str]:
-    """NAME=value lines; # starts a comment; quotes around the value go."""
+def read_settings_file(path: str, doubts: list[str]) -> dict[str, str]:
+    """NAME=value lines; # starts a comment; quotes around the value go. What means nothing goes to `doubts`."""
     try:
-        with open(path, encoding="utf-8") as stream:
+        with open(path, encoding="utf-8", errors="replace") as stream:
             lines = [line.strip() for line in stream]
     except (FileNotFoundError, NotADirectoryError):
         return {}
+    except PermissionError:
+        raise  # main says whose it is
     except OSError as problem:
         raise Invalid("cannot read %s: %s" % (path, problem.strerror)) from problem
-    pairs = (line.partition("=") for line in lines if line and not line.startswith("#"))
-    return {name.replace("export ", "").strip(): value.strip().strip("'\"") for name, _, value in pairs}
+    found = {}
+    for number, line in enumerate(lines, 1):
+        name, equals, value = line.partition("=")
+        name = name.replace("export ", "").strip()
+        if not line or line.startswith("#"):
+            continue
+        found[name] = value.strip().strip("'\"")
+        if not equals:
+            doubts.append("%s, line %d: %r is not NAME=value" % (path, number, line.split()[0]))
+        elif name not in SETTING_NAMES:
+            doubts.append("%s, line %d: there is no setting %s" % (path, number, name))
+    return found
 
 
 class Settings:
@@ -216,7 +229,9 @@ class Settings:
     def __init__(self, flags: Mapping[str, str], environment: Mapping[str, str]) -> None:
         given = {**environment, **flags}
         self.data = given.get("NETMAKER_DATA") or SETTINGS[0].default
-        found = {**read_settings_file(os.path.join(self.data, SETTINGS_FILE)), **given, "NETMAKER_DATA": self.data}
+        self.doubts: list[str] = []  # what the file says in vain
+        read = read_settings_file(os.path.join(self.data, SETTINGS_FILE), self.doubts)
+        found = {**read, **given, "NETMAKER_DATA": self.data}
         self._values: dict[str, Any] = {}
         for setting in SETTINGS:
             text = found.get(setting.name, setting.default)
@@ -301,6 +316,7 @@ def http_status(problem: Exception) -> int:
 
 IPNetwork = Union[ipaddress.IPv4Network, ipaddress.IPv6Network]
 PREFIXES = {4: (8, 30), 6: (48, 126)}
+EXAMPLES = {4: "10.20.30.0/24", 6: "fd00:20:30::/64"}
 
 
 def check_range(text: str, version: int) -> str:
@@ -308,10 +324,10 @@ def check_range(text: str, version: int) -> str:
     try:
         block: IPNetwork = ipaddress.ip_network(text.strip(), strict=False)
     except ValueError as bad:
-        raise Invalid("%r is no range: ADDRESS/BITS, like 10.20.30.0/24" % text) from bad
+        raise Invalid("%r is no range: ADDRESS/BITS, like %s" % (text, EXAMPLES[version])) from bad
     shortest, longest = PREFIXES[version]
     if block.version != version:
-        raise Invalid("%s is no IPv%d range" % (text, version))
+        raise Invalid("%s is no IPv%d range: give it with --range%s" % (text, version, "6" if version == 4 else ""))
     if not shortest <= block.prefixlen <= longest:
         raise Invalid("%s has /%d: from /%d to /%d can be used" % (text, block.prefixlen, shortest, longest))
     if block.is_loopback or block.is_multicast or block.is_link_local or block.is_unspecified:
@@ -337,6 +353,11 @@ class Pool(NamedTuple):
     version: int
     base: int
     last: int
+
+    @property
+    def text(self) -> str:
+        bits = 32 if self.version == 4 else 128
+        return "%s/%d" % (self.address(0), bits - (self.last + 1).bit_length())
 
     def address(self, host: int) -> str:
         whole = self.base + host
@@ -389,9 +410,10 @@ def place(ranges: Sequence[Pool], cursor: int, wishes: Sequence[str], held: Held
     for wish in filter(None, wishes):
         home = next((each for each in ranges if each.host(wish)), None)
         if home is None:
-            raise Invalid("%s is no address that a node of this network can have" % wish)
+            given = " and ".join(each.text for each in ranges) or "of the other family"
+            raise Invalid("%s is no address that a node of this network can have: its range is %s" % (wish, given))
         if held(wish):
-            raise Clash("the address %s is taken: wish for another, or for none" % wish)
+            raise Clash("the address %s is taken: choose another" % wish)
         found[home] = home.host(wish)
     open_ranges = [each for each in ranges if each not in found]
     for each in list(open_ranges):
@@ -405,8 +427,8 @@ def place(ranges: Sequence[Pool], cursor: int, wishes: Sequence[str], held: Held
     return Placement(tuple(each.address(found[each]) for each in ranges), cursor)
 
 
-def check_routes(text: str, taken: Iterable[str]) -> str:
-    """More allowed IPs of a node, comma-separated, canonical; no default route, nothing twice."""
+def check_routes(text: str, taken: Mapping[str, str]) -> str:
+    """More allowed IPs of a node, comma-separated, canonical; no default route, nothing twice. `taken`: range → whose."""
     blocks: list[str] = []
     for word in text.replace(",", " ").split():
         try:
@@ -418,8 +440,10 @@ def check_routes(text: str, taken: Iterable[str]) -> str:
         blocks.append(str(block))
     for block_text in blocks:
         other = next((range_ for range_ in taken if overlap(block_text, range_)), None)
-        if other or blocks.count(block_text) > 1:
-            raise Clash("%s overlaps %s, which has an owner" % (block_text, other or block_text))
+        if other:
+            raise Clash("%s overlaps %s, which is %s: choose another" % (block_text, other, taken[other]))
+        if blocks.count(block_text) > 1:
+            raise Invalid("%s is there twice" % block_text)
     return ",".join(blocks)
 
 
@@ -460,6 +484,14 @@ def write_private(path: str, data: bytes, replace: bool) -> bool:
     return True
 
 
+def new_private() -> bytes:
+    """A private key whose pin can stand after a flag: it begins with no `-`."""
+    while True:
+        private = secrets.token_bytes(agent.KEY_BYTES)
+        if not b64(agent.public_key(private)).startswith("-"):
+            return private
+
+
 class ServerKey:
     """The server's X25519 key and what is derived from it. Its public half is the pin."""
 
@@ -474,13 +506,17 @@ class ServerKey:
     @classmethod
     def load(cls, path: str) -> ServerKey:
         """Read the key, making it at the first start; of two starts at once both get the same."""
-        if not os.path.exists(path):
-            write_private(path, b64(secrets.token_bytes(agent.KEY_BYTES)).encode() + b"\n", False)
-        with open(path, encoding="ascii") as stream:
-            try:
+        try:
+            if not os.path.exists(path):
+                write_private(path, b64(new_private()).encode() + b"\n", False)
+            with open(path, encoding="ascii") as stream:
                 return cls(unb64(stream.read().strip()))
-            except ValueError as bad:
-                raise ServerError("%s is damaged (%s): restore it from a backup" % (path, bad)) from bad
+        except PermissionError:
+            raise
+        except OSError as problem:
+            raise ServerError("cannot use %s: %s" % (path, problem.strerror)) from problem
+        except ValueError as bad:
+            raise ServerError("%s is damaged (%s): restore it from a backup" % (path, bad)) from bad
 
     def _derived(self, label: bytes) -> bytes:
         return blake2b(label, key=self.private, digest_size=32).digest()
@@ -841,18 +877,37 @@ def new_incarnation() -> str:
     return b64(secrets.token_bytes(8))
 
 
+def make_folder(folder: str) -> None:
+    try:
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+    except OSError as problem:
+        sentence = "cannot make the data folder %s (%s): run this with sudo, or name another with --data"
+        raise ServerError(sentence % (folder, problem.strerror)) from problem
+
+
 class Store:
     """The database of one data folder."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self.path = os.path.join(folder, DATABASE_FILE)
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
         self.committed: Callable[[], None] = lambda: None  # told after every change of this process
         self._writing, self._reading = threading.RLock(), threading.RLock()
         self.writer, self.reader = _connection(self.path), _connection(self.path)
-        alone = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+        make_folder(folder)
+        try:
+            self._open()
+        except BaseException as problem:
+            self.close()
+            if isinstance(problem, PermissionError) or not isinstance(problem, (OSError, peewee.PeeweeException)):
+                raise
+            raise ServerError(
+                "cannot use the data folder %s (%s): run as its owner, or name another by --data" % (folder, problem)
+            ) from problem
+
+    def _open(self) -> None:
+        os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        alone = os.open(self.folder, os.O_RDONLY | os.O_CLOEXEC)
         try:  # of two first starts at once one waits for the other
             fcntl.flock(alone, fcntl.LOCK_EX)
             self._prepare()
@@ -1139,7 +1194,7 @@ def own_settings(node: NodeState, network: NetworkState) -> dict[str, Any]:
 def parse_word(word: str) -> tuple[int, str]:
     """(counter, tag) of a word; (-1, "") of `-` and of what is none."""
     counter, _, tag = word.partition(".")
-    return (int(counter), tag) if counter.isdigit() and len(counter) < 19 else (-1, "")
+    return (int(counter), tag) if re.fullmatch("[0-9]{1,18}", counter) else (-1, "")
 
 
 class Report(NamedTuple):
@@ -1460,23 +1515,58 @@ class Core:
         return int(self.clock())
 
 
-def open_core(settings: Settings) -> Core:
-    """The data folder of these settings, made where it is not there yet."""
+def is_there(path: str) -> bool:
+    """Whether there is such a file; PermissionError where a folder hides that."""
     try:
-        store = Store(settings.data)
-        key = ServerKey.load(settings.key_file)
-    except (OSError, peewee.OperationalError, peewee.DatabaseError) as problem:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _own_key(settings: Settings, store: Store) -> ServerKey:
+    """The server's key: the one that the database was made with."""
+    known, path = store.meta("pin"), settings.key_file
+    if known and not is_there(path):
         raise ServerError(
-            "cannot use the data folder %s (%s): run as its owner, or name another by --data" % (settings.data, problem)
-        ) from problem
-    pin = b64(key.pin)
-    if store.meta("pin") not in ("", pin):
-        raise ServerError(
-            "%s is not the key that this database was made with (its pin is %s): restore that server.key"
-            % (settings.key_file, store.meta("pin"))
+            "%s is missing: restore it (a backup --with-key holds it); lost for good, run netmaker-lite serve --new-key, "
+            "and every agent joins again with --force" % path
         )
-    store.set_meta("pin", pin)
-    return Core(settings, store, key)
+    key = ServerKey.load(path)
+    if known not in ("", b64(key.pin)):
+        raise ServerError(
+            "%s is not the key that this database was made with (its pin is %s): restore that server.key" % (path, known)
+        )
+    store.set_meta("pin", b64(key.pin))
+    return key
+
+
+def open_core(settings: Settings, make: bool = True) -> Core:
+    """The data folder of these settings; with `make` it is made where it is not there yet."""
+    if not make and not is_there(os.path.join(settings.data, DATABASE_FILE)):
+        raise Missing("there is no database in %s: name the server's folder with --data" % settings.data)
+    store = Store(settings.data)
+    try:
+        return Core(settings, store, _own_key(settings, store))
+    except BaseException:
+        store.close()
+        raise
+
+
+def give_up_key(settings: Settings) -> int:
+    """Forget a lost server key with the access keys that it sealed, and count them; the next start makes another."""
+    if is_there(settings.key_file):
+        raise Clash("%s is there, and --new-key is for a lost one: move it away first" % settings.key_file)
+    store = Store(settings.data)
+    try:
+        lost = len(store.rows("SELECT id FROM access_key"))
+        batch = NetworkListBatch()
+        batch.delete("access_key", "id != ''")
+        batch.update("meta", {"value": ""}, "key = 'pin'")
+        store.apply(batch)
+        return lost
+    finally:
+        store.close()
 
 
 def blank(model: Any) -> Row:
@@ -1690,7 +1780,7 @@ def remove_key(core: Core, network: str, name: str) -> Row:
     owner = need_network(core, network)
     found = next((key for key in access_keys(core, network) if name in (key["name"], key["id"])), None)
     if found is None:
-        raise Missing("%s has no key %s: `netmaker-lite key list` shows which there are" % (network, name))
+        raise Missing("%s has no key %s: `netmaker-lite key list %s` shows which there are" % (owner["id"], name, owner["id"]))
 
     def build() -> Batch:
         batch = NetworkBatch(owner["id"], core.now, heard=False)
@@ -1721,7 +1811,7 @@ def need_node(core: Core, network: str, text: str) -> Row:
         Node.select().where(living & (Node.name == text.lower()))
     )
     if found is None:
-        raise Missing("%s has no node %s: `netmaker-lite node list` shows which there are" % (name, text))
+        raise Missing("%s has no node %s: `netmaker-lite node list %s` shows which there are" % (name, text, name))
     return found
 
 
@@ -1761,7 +1851,9 @@ def _take(batch: NetworkBatch, network: str, address: str, node: str) -> None:
 def _move_in(core: Core, batch: NetworkBatch, network: Row, node: Row) -> Row:
     """Addresses for a node that becomes active, and its place in the network."""
     if network["members"] >= network["node_limit"]:
-        raise Clash("the network has as many nodes as its limit allows (%d)" % network["node_limit"])
+        raise Clash(
+            "the network has as many nodes as its limit allows (%d): raise nodelimit, or remove nodes" % network["node_limit"]
+        )
     ranges = pools(network["range"], network["range6"])
     held, released_ = partial(core.store.held, network["id"]), partial(core.store.released, network["id"])
     placement = place(ranges, network["cursor"], (node["ip"], node["ip6"]), held, released_)
@@ -1780,17 +1872,20 @@ def _check_key_free(core: Core, node: Row) -> None:
         raise Clash("the WireGuard key belongs to the node %s: make a new one" % other[0])
 
 
+def unused_name(core: Core, network: str, wish: str, node: str = "") -> str:
+    """The wished name, or with -2, -3, … where another node of the network has it."""
+    sql = "SELECT name FROM node WHERE network = ? AND state != 'removed' AND id != ? AND name LIKE ?"
+    return free_name(wish, (row[0] for row in core.store.rows(sql, (network, node, wish[:50] + "%"))))
+
+
 def _new_node(core: Core, network: Row, who: Joining) -> Row:
     new = {**blank(Node), **who.values, "id": secrets.token_hex(8), "network": network["id"]}
     new.update(auth=who.auth, look=b64(secrets.token_bytes(16)), source=who.source)
     new.update(public=who.public, created=core.now, modified=core.now, last_seen=core.now)
     new["state"] = ACTIVE if who.access_key else PENDING
     _check_key_free(core, new)
-    wish = new.get("name") or "node"
-    sql = "SELECT name FROM node WHERE network = ? AND state != 'removed' AND (name = ? OR name LIKE ?)"
-    taken = core.store.rows(sql, (network["id"], wish, wish[:59] + "-%"))
-    new["name"] = free_name(wish, (row[0] for row in taken))
-    new["port"] = new["port"] or network["port"]
+    new["name"] = unused_name(core, network["id"], new.get("name") or "node")
+    new["port"] = (new["fixed"] and new["port"]) or network["port"]
     if not new["fixed"]:
         sql = "SELECT port FROM node WHERE source = ? AND state != 'removed'"
         taken = core.store.rows(sql, (who.source,))
@@ -1906,7 +2001,8 @@ def disable(core: Core, node: Row) -> Row:
 
 def enable(core: Core, node: Row) -> Row:
     if node["state"] == PENDING:
-        raise Clash("the node %s waits for approval: `netmaker-lite node approve`" % node["name"])
+        words = (node["name"], node["network"], node["name"])
+        raise Clash("the node %s waits for approval: `netmaker-lite node approve %s %s`" % words)
     over = {"expires": None} if node["expires"] and node["expires"] <= core.now else None
     return _set_state(core, node, ACTIVE, (DISABLED, EXPIRED), over)
 
@@ -1935,8 +2031,9 @@ def remove_node(core: Core, node: Row, farewell: str = "the administrator remove
 
 def reject(core: Core, node: Row) -> Row:
     if node["state"] != PENDING:
-        raise Clash("the node %s is %s, not pending: `netmaker-lite node remove`" % (node["name"], node["state"]))
-    return remove_node(core, node, "its sign-up was rejected")
+        words = (node["name"], node["state"], node["network"], node["name"])
+        raise Clash("the node %s is %s, not pending: `netmaker-lite node remove %s %s`" % words)
+    return remove_node(core, node, "an administrator turned it away")
 
 
 def forget_node(core: Core, network: str, node: str) -> None:
@@ -1992,12 +2089,12 @@ def amend(core: Core, batch: NetworkBatch, network: Row, node: Row, values: Row)
     return new
 
 
-def _owned(core: Core, network: Row, node: Row) -> list[str]:
-    """The ranges that no node may claim for itself: the network's, and other nodes' extra ones."""
-    sql = "SELECT ips FROM node WHERE network = ? AND id != ? AND ips != '' AND state != 'removed'"
+def _owned(core: Core, network: Row, node: Row) -> dict[str, str]:
+    """The ranges that no node may claim for itself, and whose they are: the network's, and other nodes' extra ones."""
+    sql = "SELECT name, ips FROM node WHERE network = ? AND id != ? AND ips != '' AND state != 'removed'"
     extra = core.store.rows(sql, (network["id"], node["id"]))
-    others = [text for row in extra for text in row[0].split(",")]
-    return [text for text in (network["range"], network["range6"], *others) if text]
+    own = dict.fromkeys((network["range"], network["range6"]), "the network's own range")
+    return {**own, **{text: "a range of the node " + name for name, ips in extra for text in ips.split(",")}}
 
 
 def set_node(core: Core, node: Row, values: Row) -> Row:
@@ -2041,22 +2138,48 @@ def sweep(core: Core) -> None:
 # ---- the whole
 
 
+def as_owner(folder: str) -> None:
+    """Run by root beside an unprivileged server, become that: root's files would lock it out."""
+    if os.geteuid() == 0 and os.path.isdir(folder):
+        owner = os.stat(folder)
+        if owner.st_uid:
+            os.setegid(owner.st_gid)
+            os.seteuid(owner.st_uid)
+
+
+def as_caller(work: Callable[[], Any]) -> Any:
+    """Do it with the rights of who called us: the files that people name are theirs, not the data folder's owner's."""
+    user, group = os.geteuid(), os.getegid()
+    os.seteuid(os.getuid())
+    os.setegid(os.getgid())
+    try:
+        return work()
+    finally:
+        os.setegid(group)
+        os.seteuid(user)
+
+
 def backup(core: Core, path: str, with_key: bool) -> None:
     """One file with everything, 0600; with the server's key only if asked for."""
-    temporary = "%s.%s" % (path, secrets.token_hex(4))
+    temporary = os.path.join(core.store.folder, "backup." + secrets.token_hex(4))
     try:
         core.store.copy(temporary)
         if with_key:
-            with sqlite3.connect(temporary) as copy:
-                copy.execute("CREATE TABLE server_key (private TEXT NOT NULL)")
-                copy.execute("INSERT INTO server_key VALUES (?)", (b64(core.key.private),))
+            copy = sqlite3.connect(temporary, isolation_level=None)
+            copy.execute("CREATE TABLE server_key (private TEXT NOT NULL)")
+            copy.execute("INSERT INTO server_key VALUES (?)", (b64(core.key.private),))
             copy.close()
-        os.replace(temporary, path)
+        with open(temporary, "rb") as stream:
+            content = stream.read()
     except OSError as problem:
-        raise ServerError("cannot write %s: %s" % (path, problem.strerror)) from problem
+        raise ServerError("cannot make a copy in %s: %s" % (core.store.folder, problem.strerror)) from problem
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
+    try:
+        as_caller(partial(write_private, path, content, True))
+    except OSError as problem:
+        raise ServerError("cannot write %s: %s" % (path, problem.strerror)) from problem
 
 
 class Restored(NamedTuple):
@@ -2080,14 +2203,25 @@ def _make_new(source: sqlite3.Connection) -> None:
 
 def _opened_backup(path: str) -> sqlite3.Connection:
     """A backup in memory, checked."""
+    copy = sqlite3.connect(":memory:")
+    try:
+        _fill(copy, path)
+    except BaseException:
+        copy.close()
+        raise
+    return copy
+
+
+def _fill(copy: sqlite3.Connection, path: str) -> None:
     try:
         with open(path, "rb") as stream:
             if stream.read(15) != b"SQLite format 3":
                 raise Invalid("%s is no backup of netmaker-lite" % path)
-        copy = sqlite3.connect(":memory:")
-        with sqlite3.connect("file:%s?mode=ro" % path, uri=True) as file:
+        file = sqlite3.connect("file:%s?mode=ro" % path, uri=True)
+        try:
             file.backup(copy)
-        file.close()
+        finally:
+            file.close()
         state = copy.execute("PRAGMA integrity_check").fetchone()[0]
         schema = copy.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()
     except OSError as problem:
@@ -2098,7 +2232,6 @@ def _opened_backup(path: str) -> sqlite3.Connection:
         raise Invalid("%s is no backup of netmaker-lite, or a damaged one" % path)
     if int(schema[0]) > SCHEMA:
         raise Invalid("%s was made by a newer netmaker-lite: install that version" % path)
-    return copy
 
 
 def _take_key(settings: Settings, source: sqlite3.Connection) -> None:
@@ -2129,8 +2262,8 @@ def open_core_anew(settings: Settings) -> Core:
 def restore(settings: Settings, path: str) -> Restored:
     """Take over a backup: a new incarnation, and a new word for every network."""
     folder = os.path.dirname(os.path.abspath(settings.key_file))
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-    source = _opened_backup(path)
+    make_folder(folder)
+    source: sqlite3.Connection = as_caller(partial(_opened_backup, path))
     try:
         _take_key(settings, source)
         core = open_core_anew(settings)
@@ -2225,7 +2358,7 @@ def as_text(check: Callable[[str], Any], empty: bool = False) -> Check:
     """A check of texts from one of any value; `empty` lets "" through."""
 
     def checked(value: Any) -> Any:
-        if not isinstance(value, str) or len(value) > 256:
+        if not isinstance(value, str) or len(value) > 256 or re.search("[\ud800-\udfff]", value):
             raise Invalid("%.80r is no text of at most 256 characters" % (value,))
         return value if empty and not value else check(value)
 
@@ -2361,7 +2494,7 @@ def parse_exchange(body: bytes) -> Exchange:
         table = {"word": ("word", as_pattern("[0-9.a-f-]{1,40}")), "reason": ("reason", lambda value: str(value)[:200])}
         rejected = take(given["rejected"], table, "rejected")
         words = "%s %s" % (rejected.get("word", "-"), rejected.get("reason", ""))
-        values["rejected"] = " ".join(words.split())
+        values["rejected"] = " ".join(re.sub("[^ -~]", "?", words).split())  # it is shown on a terminal
     return Exchange(
         values,
         _observations(given.get("seen", {}), "seen", as_text(split_endpoint)),
@@ -2469,7 +2602,8 @@ class Sight:
     def _resolved(self) -> str:
         try:
             found = socket.getaddrinfo(self.host, None) if self.host else []
-            return check_address(str(found[0][4][0])) if found else ""
+            places = [check_address(str(each[4][0])) for each in found]
+            return next((place for place in places if not ipaddress.ip_address(place).is_loopback), "")
         except (OSError, Invalid):
             return ""
 
@@ -2529,9 +2663,9 @@ class Request(NamedTuple):
 
     @property
     def order(self) -> tuple[int, int]:
-        epoch, _, sequence = self.number.partition(".")
-        if not (epoch.isdigit() and sequence.isdigit()) or len(self.number) > 31:
+        if not re.fullmatch(r"[0-9]{1,15}\.[0-9]{1,15}", self.number):
             raise Invalid("%.40r is no epoch and sequence" % self.number)
+        epoch, _, sequence = self.number.partition(".")
         return int(epoch), int(sequence)
 
 
@@ -2640,7 +2774,7 @@ class Agents:
         expected = agent.key_proof(secret, proof_key, nonce)
         if not key or not secrets.compare_digest(expected.encode(), str(claim.get("mac")).encode()):
             self.failures.add(now, "key " + str(claim.get("key")))
-            raise Denied("the network %s has no such access key" % network["id"])
+            raise Denied("the network %s has no such access key: ask for another" % network["id"])
         return str(key["id"])
 
     # ---- exchange
@@ -2662,6 +2796,7 @@ class Agents:
         if not self.members.prove(member.mesh):
             return self._unknown(who, request, body, source)
         member = self.members.nodes.get(node, member)
+        self._keys(member)  # a network that was read anew has them no more
         box = self._box(member) if mode == "s" else None
         interval = member.mesh.state.interval or self.interval
         now = self.core.clock()
@@ -2766,6 +2901,8 @@ class Agents:
             if (node["epoch"], node["sequence"]) >= order:
                 raise _NotFresh  # another replica has taken it
             values = {**told.values, "source": source, "public": public}
+            if "name" in values:
+                values["name"] = unused_name(core, row.network, values["name"], row.id)
             new = differences(node, self._checked(node, values))
             heard = is_heard(new) if node["state"] == ACTIVE else bool(OWN_COLUMNS & new.keys())
             batch = NetworkBatch(row.network, core.now, heard)
@@ -2874,7 +3011,7 @@ class Agents:
     def look(self, capability: str, have: str, source: str, wait: float) -> Reply:
         """The present word, or "!" for "come with an exchange"; held until it is not `have`."""
         said = self._look(capability, source)
-        if said != have or wait <= 0:
+        if said != have or said == "!" or wait <= 0:  # a stranger waits for nothing
             return Reply(200, said.encode())
         if not self.bell.enter():
             return Reply(200, said.encode(), retry=self.interval)
@@ -3094,17 +3231,23 @@ def view_key(row: Row) -> Row:
     return shown
 
 
-def parse_fields(pairs: Iterable[str], fields: Sequence[Field]) -> Row:
-    """{field name: value} of `key=value` words; unknown and read-only ones are refused."""
+def parse_fields(pairs: Iterable[str], fields: Sequence[Field], dashes: str = "") -> Row:
+    """{field name: value} of `key=value` words; unknown and read-only ones are refused. `dashes`: before names in errors."""
     known = {name: field for field in fields if field.check for name in (field.name, field.short)}
     found = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
         field = known.get(name.lower())
-        if not equals or field is None or field.check is None:
+        if not equals and field:
+            raise Invalid("write %s=VALUE" % name)
+        if field is None or field.check is None:
             names = ", ".join(sorted({field.name for field in known.values()}))
             raise Invalid("%r cannot be set: KEY=VALUE with one of %s" % (pair, names))
-        found[field.name] = field.check(value)
+        try:
+            found[field.name] = field.check(value)
+        except Invalid as bad:
+            between = " " if str(bad).startswith("takes ") else ": "
+            raise Invalid(dashes + name + between + str(bad)) from bad
     return found
 
 
@@ -3175,7 +3318,11 @@ class Web:
         for hop in reversed(forwarded.split(",")):
             if not hop.strip() or not self._is_trusted(peer):
                 break
-            peer = self._canonical(hop.strip()) or peer
+            place = hop.strip()
+            found = self._canonical(place.partition(":")[0] if place.count(":") == 1 else place)  # some add the port
+            if not found:
+                break  # what stands further left is anybody's word
+            peer = found
         return peer
 
     def _canonical(self, text: str) -> str:
@@ -3427,12 +3574,11 @@ class Housekeeping:
         rounds = 0
         while not self.stopped.wait(HOUSEKEEPING):
             rounds += 1
-            try:
-                self.agents.flush()
-                self.agents.settle_due()
-                sweep(self.agents.core)
-            except (ServerError, peewee.PeeweeException) as problem:
-                log.error("housekeeping: %s", problem)
+            for task in (self.agents.flush, self.agents.settle_due, partial(sweep, self.agents.core)):
+                try:
+                    task()
+                except Exception as problem:  # whatever it is, the next round is needed
+                    log.error("housekeeping: %r", problem)
             if rounds % 20 == 0:
                 self.agents.sight.forget()
 
@@ -3455,17 +3601,25 @@ def _terminate(number: int, frame: object) -> NoReturn:
     raise SystemExit(0)
 
 
-def serve(settings: Settings, out: Callable[[str], None]) -> None:
+def serve(settings: Settings, out: Callable[[str], None], new_key: bool = False) -> None:
     """Run the server until it is told to stop."""
     run = backend(settings)
-    os.makedirs(settings.data, mode=0o700, exist_ok=True)
+    make_folder(settings.data)
     held = lock_folder(settings.data)
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-    sock = listener(settings["SERVER_BIND"], settings["API_PORT"])
-    core = open_core(settings)
-    core.store.set_meta("urls", " ".join(own_urls(settings)))
-    agents = Agents(core, Sight(settings))
+    try:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+        with listener(settings["SERVER_BIND"], settings["API_PORT"]) as sock:
+            if new_key:
+                out("a new key; access keys that the old one sealed, removed: %d" % give_up_key(settings))
+            _serve(open_core(settings), sock, run, out)
+    finally:
+        os.close(held)
+
+
+def _serve(core: Core, sock: socket.socket, run: Callable[..., None], out: Callable[[str], None]) -> None:
+    core.store.set_meta("urls", " ".join(own_urls(core.settings)))
+    agents = Agents(core, Sight(core.settings))
     keeper = Housekeeping(agents)
     signal.signal(signal.SIGTERM, _terminate)
     out("listening on %s" % endpoint(*sock.getsockname()[:2]))
@@ -3473,13 +3627,12 @@ def serve(settings: Settings, out: Callable[[str], None]) -> None:
     out("its key (pin): %s" % b64(core.key.pin))
     keeper.start()
     try:
-        run(make_app(agents), sock, settings["POLL_LIMIT"])
+        run(make_app(agents), sock, core.settings["POLL_LIMIT"])
     except (KeyboardInterrupt, SystemExit):
         pass
     finally:
         keeper.stop()
         core.store.close()
-        os.close(held)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3515,10 +3668,15 @@ def aligned(rows: Sequence[Row], columns: Mapping[str, str], none: str) -> list[
     return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
 
 
+def _date(then: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(then))
+
+
 def listing(row: Row) -> list[str]:
     """One object, a line for each field."""
     width = max(map(len, row))
-    return ["%s  %s" % (name.ljust(width), _cell(value)) for name, value in row.items()]
+    shown = {**row, **{name: _date(row[name]) for name in DATES & row.keys() if row[name]}}
+    return ["%s  %s" % (name.ljust(width), _cell(value)) for name, value in shown.items()]
 
 
 def ago(then: int) -> str:
@@ -3531,6 +3689,7 @@ def ago(then: int) -> str:
 
 
 Arguments = argparse.Namespace
+DATES = {"expdatetime", "lastcheckin", "lastmodified", "networklastmodified", "nodeslastmodified"}
 NETWORK_COLUMNS = {
     "NETWORK": "netid", "RANGE": "addressrange", "RANGE6": "addressrange6", "NODES": "nodes",
     "REVISION": "revision",
@@ -3545,7 +3704,7 @@ KEY_COLUMNS = {"NAME": "name", "USES LEFT": "uses", "EXPIRES": "expires"}
 def cmd_network_add(core: Core, args: Arguments) -> Printed:
     given = ((field.short, getattr(args, field.short.replace("-", "_"))) for field in NETWORK_FIELDS if field.short)
     words = ["%s=%s" % (name, {True: "yes"}.get(value, value)) for name, value in given if value]
-    row = add_network(core, args.name, network_columns(parse_fields(words, NETWORK_FIELDS)))
+    row = add_network(core, args.name, network_columns(parse_fields(words, NETWORK_FIELDS, "--")))
     where = " and ".join(filter(None, (row["range"], row["range6"])))
     lines = ["network %s: %s" % (row["id"], where), "next: netmaker-lite key add %s" % row["id"]]
     return Printed(view_network(row, core.settings), lines)
@@ -3573,16 +3732,15 @@ def cmd_network_remove(core: Core, args: Arguments) -> Printed:
     return Printed(view_network(row, core.settings), ["network %s removed" % row["id"]])
 
 
-def _date(then: int) -> str:
-    return time.strftime("%Y-%m-%d %H:%M", time.gmtime(then))
-
-
 def _until(key: Row) -> str:
-    return ", until %s UTC" % _date(key["expiration"]) if key["expiration"] else ""
+    return ", until " + _date(key["expiration"]) if key["expiration"] else ""
 
 
 def cmd_key_add(core: Core, args: Arguments) -> Printed:
-    uses = None if args.uses == "unlimited" else whole(1, 1 << 31)(args.uses)
+    try:
+        uses = None if args.uses == "unlimited" else whole(1, 1 << 31)(args.uses)
+    except Invalid as bad:
+        raise Invalid("--uses takes a whole number from 1 on, or unlimited, not %r" % args.uses) from bad
     lifetime = check_lifetime(args.expires) if args.expires else None
     shown = view_key(add_key(core, args.network, args.name, uses, lifetime))
     lines = [
@@ -3595,13 +3753,17 @@ def cmd_key_add(core: Core, args: Arguments) -> Printed:
     return Printed(shown, lines)
 
 
+def _expiry(end: int | None) -> str:
+    return "never" if end is None else "expired" if end <= time.time() else _date(end)
+
+
 def cmd_key_list(core: Core, args: Arguments) -> Printed:
     shown = [view_key(row) for row in access_keys(core, args.network)]
     for_people = [
         {
             **row,
             "uses": "unlimited" if row["uses"] is None else row["uses"],
-            "expires": _date(row["expiration"]) if row["expiration"] else "never",
+            "expires": _expiry(row["expiration"]),
         }
         for row in shown
     ]
@@ -3666,7 +3828,7 @@ def cmd_check(core: Core, args: Arguments) -> Printed:
 
 
 def cmd_restore(settings: Settings, args: Arguments) -> Printed:
-    os.makedirs(settings.data, mode=0o700, exist_ok=True)
+    make_folder(settings.data)
     held = lock_folder(settings.data)
     try:
         done = restore(settings, args.file)
@@ -3680,11 +3842,11 @@ def cmd_restore(settings: Settings, args: Arguments) -> Printed:
 
 
 def cmd_serve(settings: Settings, args: Arguments) -> Printed:
-    serve(settings, write)
+    serve(settings, write, args.new_key)
     return Printed(None, [])
 
 
-def cmd_version(settings: Settings, args: Arguments) -> Printed:
+def cmd_version(nothing: object, args: Arguments) -> Printed:
     return Printed({"version": __version__}, ["netmaker-lite " + __version__])
 
 
@@ -3719,6 +3881,7 @@ COMMANDS = (
         (
             arg("--host", metavar="ADDRESS", help="address to listen on (0.0.0.0)"),
             arg("--port", metavar="N", help="port to listen on (8081)"),
+            arg("--new-key", action="store_true", help="the server.key is lost: make another, every agent joins again"),
         ),
         cmd_serve,
         False,
@@ -3762,7 +3925,7 @@ COMMANDS = (
     Command("node list", "the nodes of a network", (NETWORK,), cmd_node_list),
     Command("node show", "one node", (NETWORK, NODE), cmd_node_show),
     Command("node approve", "let a pending node in", (NETWORK, NODE), node_command(approve, "approved")),
-    Command("node reject", "turn a pending node away", (NETWORK, NODE), node_command(reject, "rejected")),
+    Command("node reject", "turn a pending node away", (NETWORK, NODE), node_command(reject, "turned away")),
     Command("node disable", "take it out of the mesh", (NETWORK, NODE), node_command(disable, "disabled")),
     Command("node enable", "let it in again", (NETWORK, NODE), node_command(enable, "enabled")),
     Command("node remove", "end its membership", (NETWORK, NODE), node_command(remove_node, "removed")),
@@ -3785,14 +3948,12 @@ NOUNS = {"network": "networks", "key": "access keys", "node": "nodes"}
 
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the command table."""
+    settings = ["  %-22s  %s%s" % (each.name, each.help, each.default and " [%s]" % each.default) for each in SETTINGS]
     parser = argparse.ArgumentParser(
         prog="netmaker-lite",
         description="Server of a WireGuard mesh, and its administrator's tool.",
         epilog="Settings (environment or netmaker.env): " + ", ".join(each.name for each in SETTINGS),
     )
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--data", metavar="DIR", help="the data folder")
-    common.add_argument("--json", action="store_true", help="print JSON")
     verbs = parser.add_subparsers(metavar="COMMAND", required=True)
     groups = {}
     for noun, what in NOUNS.items():
@@ -3801,20 +3962,18 @@ def make_parser() -> argparse.ArgumentParser:
     for command in COMMANDS:
         noun, _, verb = command.words.rpartition(" ")
         place = groups[noun] if noun else verbs
-        one = place.add_parser(verb, help=command.help, description=command.help, parents=[common])
+        one = place.add_parser(verb, help=command.help, description=command.help)
+        one.set_defaults(command=command, data="", json=False)
+        if command.run is not cmd_version:
+            one.add_argument("--data", metavar="DIR", help="the data folder")
+        if command.run is not cmd_serve:
+            one.add_argument("--json", action="store_true", help="print JSON")
+        else:
+            one.formatter_class = argparse.RawDescriptionHelpFormatter
+            one.epilog = "settings (environment, or netmaker.env in the data folder):\n" + "\n".join(settings)
         for argument in command.arguments:
             one.add_argument(*argument.flags, **argument.options)
-        one.set_defaults(command=command)
     return parser
-
-
-def as_owner(folder: str) -> None:
-    """Run by root beside an unprivileged server, become that: root's files would lock it out."""
-    if os.geteuid() == 0 and os.path.isdir(folder):
-        owner = os.stat(folder)
-        if owner.st_uid:
-            os.setegid(owner.st_gid)
-            os.seteuid(owner.st_uid)
 
 
 def show(printed: Printed, as_json: bool) -> None:
@@ -3826,13 +3985,18 @@ def show(printed: Printed, as_json: bool) -> None:
 def run_command(args: Arguments, environment: Mapping[str, str]) -> int:
     """One command; its exit status."""
     command: Command = args.command
+    if command.run is cmd_version:
+        show(cmd_version(None, args), args.json)
+        return 0
     given = FLAGS if command.run is cmd_serve else {"data": FLAGS["data"]}
     flags = {name: getattr(args, flag) for flag, name in given.items() if getattr(args, flag)}
     settings = Settings(flags, environment)
     level = (logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG)[settings["VERBOSITY"]]
     logging.basicConfig(level=level, format="%(message)s")
+    for doubt in settings.doubts:
+        log.warning(doubt)
     as_owner(settings.data)
-    core = open_core(settings) if command.on_data else None
+    core = open_core(settings, command.run is cmd_network_add) if command.on_data else None
     try:
         printed = command.run(core or settings, args)
     finally:
@@ -3842,6 +4006,17 @@ def run_command(args: Arguments, environment: Mapping[str, str]) -> int:
     return printed.status
 
 
+def not_ours(path: str) -> str:
+    """Whose a file or folder is that we may not open, and what to do."""
+    while not os.path.exists(path):  # also when a folder above hides it
+        path = os.path.dirname(os.path.abspath(path))
+    owner = os.stat(path).st_uid
+    with open("/etc/passwd", encoding="utf-8", errors="replace") as stream:
+        users = {words[2]: words[0] for words in (line.split(":") for line in stream) if len(words) > 2}
+    cure = "run this with sudo" if os.getuid() else "give it to the owner of the data folder"
+    return "%s belongs to %s: %s" % (path, users.get(str(owner), "user %d" % owner), cure)
+
+
 def main(argv: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> int:
     args = make_parser().parse_args(argv)
     try:
@@ -3849,6 +4024,9 @@ def main(argv: Sequence[str] | None = None, environment: Mapping[str, str] = os.
     except (ServerError, Invalid) as problem:
         sys.stderr.write("netmaker-lite: %s\n" % problem)
         return 2 if isinstance(problem, Invalid) else 1
+    except PermissionError as problem:
+        sys.stderr.write("netmaker-lite: %s\n" % not_ours(problem.filename or "/"))
+        return 1
     except BrokenPipeError:
         return 0
 

@@ -170,7 +170,7 @@ def main() -> None:
 
 
 def agent_file() -> Figure:
-    return Figure("the agent's file", Path(agent.__file__).stat().st_size / 1e3, 150, "KB")
+    return Figure("the agent's file", Path(agent.__file__).stat().st_size / 1024, 150, "KB")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Iterator, Mapping
 
-from kit import AGENT, Command, Figure, Starter, has_valgrind, instructions, pythons, report, version_of
+from kit import AGENT, NORMAL, Command, Figure, Starter, has_valgrind, instructions, pythons, report, version_of
 from serverkit import Client, Server, clients
 
 import netclient_lite as agent
@@ -94,12 +94,20 @@ class Standing:
         return taken == times and not self.state.with_suffix(".memory").exists()
 
 
-def compiled(python: str, folder: Path) -> str:
-    """The agent's bytecode for an interpreter, as a join installs it."""
-    target = str(folder / f"netclient_lite-{version_of(python)}.pyc")
-    script = f"import py_compile; py_compile.compile({str(AGENT)!r}, cfile={target!r}, doraise=True)"
-    subprocess.run((python, "-c", script), check=True)
-    return target
+INSTALL = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import netclient_lite as agent
+run = agent.Run()
+agent.settle_in(agent.Context(agent.Paths(sys.argv[2]), run, agent.Files(), agent.System(run), print))
+"""
+
+
+def installed(python: str, folder: Path) -> str:
+    """The agent's bytecode for an interpreter, as a join from a lone file installs it."""
+    root = folder / ("installed-" + version_of(python))
+    subprocess.run((python, "-c", INSTALL, str(AGENT.parent), str(root)), check=True, env=NORMAL)
+    return str(root / "etc/netclient/netclient_lite.pyc")
 
 
 def certificate(folder: Path) -> str:
@@ -147,6 +155,8 @@ def counts(plain: Standing, secure: Standing, code: Mapping[str, str]) -> Iterat
         yield Figure(f"{name}: instructions of a check-in", check.instructions / floor.instructions, 1.1, "x")
         yield Figure(f"{name}: instructions of one over https", tls.instructions / floor.instructions, 4.5, "x")
         yield Figure(f"{name}: child processes of a check-in", check.processes - 1, 0)
+        # beyond this size CPython reads the bytecode of a script by single bytes
+        yield Figure(f"{name}: the bytecode", Path(code[python]).stat().st_size / 1024, 256, "KB")
 
 
 def idle(python: str) -> Command:
@@ -180,7 +190,7 @@ def measure(home: Server, folder: Path) -> None:
     way, secure_way = Counting(home.port), Counting(home.port, certificate(folder))
     plain = Standing(home, folder / "plain", f"http://{LOCAL}:{way.port}", key)
     secure = Standing(home, folder / "secure", f"https://{LOCAL}:{secure_way.port}", key)
-    code = {python: compiled(python, folder) for python in pythons()}
+    code = {python: installed(python, folder) for python in pythons()}
     report("A check-in without news: the wire", list(payload(plain, way, plain.check_in(*next(iter(code.items()))), key)))
     report("A check-in without news: time and memory (x: of `python3 -I -S -c pass`)", list(cpu_and_memory(plain, secure, code)))
     if has_valgrind():

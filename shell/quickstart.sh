@@ -130,6 +130,12 @@ settings() { # those given now, else those of the last start: a second run must 
 	fi
 }
 
+need_range() { # before anything is installed; where the network is there already, it stays as it is
+	if [ -n "$NM_RANGE" ] && ! [ -e "$NM_DATA/netmaker.db" ] && have ip; then
+		free_range "$NM_RANGE" >/dev/null || die "NM_RANGE=$NM_RANGE overlaps a route of this machine: choose another"
+	fi
+}
+
 need_port() { # free, or served by ours already
 	[ "$(server_setting port)" != "$NM_PORT" ] || return 0
 	"$NM_PYTHON" -I -c 'import socket, sys
@@ -399,6 +405,10 @@ wait_for_server() {
 }
 
 stop_server() {
+	if ! server_pid >/dev/null && ! [ -f "$NM_UNITS/$SERVER.service" ]; then
+		say "no server of the quickstart runs here"
+		return
+	fi
 	if has_systemd && [ -f "$NM_UNITS/$SERVER.service" ]; then
 		systemctl disable --quiet --now "$SERVER" || die "systemd could not stop the server: see journalctl -u $SERVER"
 	fi
@@ -410,7 +420,7 @@ stop_server() {
 # --- the network, its first node, and the line for the next -----------------------------------------------------------
 
 free_range() { # prints the first of the ranges given that overlaps no route of this machine
-	ip -4 route show table all | "$NM_VENV/bin/python" -I -c 'import ipaddress, sys
+	ip -4 route show table all | "$NM_PYTHON" -I -c 'import ipaddress, sys
 routes = []
 for line in sys.stdin:
     for word in line.split()[:2]:
@@ -488,7 +498,8 @@ need_daemon() { # where systemd does not call the agent
 next_line() {
 	local token
 	token=$(fresh_token "$KEY" 24h)
-	say "Other machines must reach this server at $(printf '%s' "$token" | servers) (NM_HOST sets the name or address)."
+	say "Other machines must reach this server at $(printf '%s' "$token" | servers) (NM_HOST sets the name or address; behind a" \
+		"NAT: the public one, with TCP port $NM_PORT and this node's UDP port forwarded)."
 	say "To join one, as root, beside a copy of netclient_lite.py there (good once, for 24 hours):"
 	echo "python3 netclient_lite.py join -t $token"
 }
@@ -498,6 +509,7 @@ next_line() {
 set_up() {
 	settings
 	need_port
+	need_range
 	need_packages wg wireguard-tools ip iproute2 setpriv util-linux
 	need_wireguard
 	install_packages

@@ -93,6 +93,19 @@ LAN = """2: eth0: <BROADCAST,MULTICAST,UP,LOWER_UP> mtu 1500 qdisc noqueue state
 """
 
 
+class ModelSystem(System):
+    """What is asked of the machine beside its tools: nothing here depends on the one that the tests run on."""
+
+    def port_is_free(self, port: int) -> bool:
+        return True
+
+    def exists(self, interface: str) -> bool:
+        return interface in self.links()
+
+    def step_clock(self, known: float, whose: str) -> str:
+        return ""  # the servers of tests live in a time of their own, and this machine's clock is not to follow them
+
+
 class Standing:
     """A node on a machine whose interface is the model: up, in the LAN 192.168.1.0/24, without a server to speak to."""
 
@@ -102,7 +115,7 @@ class Standing:
         self.kernel("wireguard-go", interface)
         self.kernel.others = LAN
         run = ModelRun(self.kernel)
-        context = Context(Paths(str(root)), run, Files(), System(run, str(root)), self.said.append)
+        context = Context(Paths(str(root)), run, Files(), ModelSystem(run, str(root)), self.said.append)
         secret = Secret("demo", node_of("me"), "cap", b"a" * 32, b"z" * 32, b"s" * 32)
         self.node = Node(context, config_of(port=51821, fixed=True, interface=interface), secret, PRIVATE)
         self.node.memory.view = view

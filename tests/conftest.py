@@ -3,11 +3,25 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 from typing import Iterator
 
 import pytest
 from serverkit import Clock, Server
+
+os.environ["NETCLIENT_SET_CLOCK"] = "no"  # a test must never move this machine's clock
+
+
+@pytest.fixture(autouse=True)
+def nobody_sets_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor one that runs the agent in this process."""
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a test tried to set the clock")
+
+    monkeypatch.setattr(time, "clock_settime", refuse)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Run the agent and kill it, as a power cut does, at the Nth of its effects: `python crash.py N FILE VERB …`.
 
-An effect is what the three doors let out: a process started, a file written or removed, a message sent; each counts twice, before and
-after. N 0 kills nothing. The number of effects until the end is written to FILE.
+An effect is what the three doors let out: a process started, a file written or removed, a message sent; each counts twice, before
+and after. N 0 kills nothing. The number of effects until the end is written to FILE.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ CHANGING = ("set", "add", "del", "replace", "-batch", "nm-demo")
 
 def run_counted(self: agent.Run, *argv: str, **kw: Any) -> str:
     """Commands that only read are no effects."""
-    changes = argv[0] in agent.USERSPACE or any(word in CHANGING for word in argv[1:4]) and "show" not in argv
+    changes = argv[0] in agent.USERSPACE or (any(word in CHANGING for word in argv[1:4]) and "show" not in argv)
     call: Callable[..., Any] = counted(RUN) if changes else RUN
     text: str = call(self, *argv, **kw)
     return text

@@ -57,14 +57,19 @@ class Address(NamedTuple):
 
 
 class Route(NamedTuple):
-    """A route over the interface: the kernel's own for an address, or somebody's."""
+    """A route over the interface: the kernel's own for an address, or somebody's. Of two the lower metric comes first."""
 
     to: str
     kernel: bool
+    metric: int
 
     @property
     def version(self) -> int:
         return ipaddress.ip_network(self.to).version
+
+
+def kernel_route(to: str) -> Route:
+    return Route(to, True, 256 if ":" in to else 0)
 
 
 class Kernel:
@@ -101,6 +106,9 @@ class Kernel:
         self.ran.append(argv)
         if words == ["wireguard-go", self.interface] or words[1:] == ["link", "add", "dev", self.interface, "type", "wireguard"]:
             self._create()
+        elif words == ["ip", "link", "del", "dev", self.interface]:
+            self._refuse_if(not self.exists, "Cannot find device")
+            self.exists = False
         elif words[:2] == ["wg", "set"]:
             self._wg(words[2:], stdin)
         elif words[0] == "ip":
@@ -150,8 +158,9 @@ class Kernel:
 
     def _shown_route(self, route: Route) -> str:
         bare = route.to[: -len("/32")] if route.to.endswith("/32") else route.to.replace("/128", "")
-        tail = {4: "scope link", 6: f"metric {256 if route.kernel else 1024} pref medium"}[route.version]
-        return f"{bare} {'proto kernel ' if route.kernel else ''}{tail} \n"
+        tail = {4: "scope link", 6: "pref medium"}[route.version]
+        metric = f"metric {route.metric} " if route.metric else ""
+        return f"{bare} {'proto kernel ' if route.kernel else ''}{metric}{tail} \n"
 
     # -- wg ------------------------------------------------------------------------------------------------------------
 
@@ -201,9 +210,13 @@ class Kernel:
         if (what, verb) == ("link", "set"):
             self._link(rest)
         elif what in ("addr", "route"):
-            self._refuse_if(rest[1:] != ["dev", self.interface], f"what is {rest[1:]}?")
+            self._refuse_if(rest[1:3] != ["dev", self.interface], f"what is {rest[1:]}?")
             self._refuse_if(not self.exists, f'Cannot find device "{self.interface}"')
-            getattr(self, f"_{what}_{verb}")(rest[0], *([family] if what == "route" else []))
+            if what == "route":
+                getattr(self, f"_route_{verb}")(rest[0], family, _pairs(rest[3:], ("metric",)))
+            else:
+                self._refuse_if(len(rest) > 3, f"what is {rest[3:]}?")
+                getattr(self, f"_addr_{verb}")(rest[0])
         else:
             self._refuse_if(True, f"what is ip {shlex.join(words)}?")
 
@@ -228,7 +241,7 @@ class Kernel:
 
     def _connect(self, address: Address) -> None:
         """The route that comes with an address: none for a secondary one, nor for a single IPv4 address."""
-        route = Route(address.network, True)
+        route = kernel_route(address.network)
         if self.up and not address.secondary and not route.to.endswith("/32") and route not in self.routes:
             self.routes.append(route)
 
@@ -264,27 +277,30 @@ class Kernel:
 
     def _disconnect(self, address: Address) -> None:
         """IPv4 takes the kernel's own route away, IPv6 the first one there is."""
-        kernel, other = Route(address.network, True), Route(address.network, False)
-        if kernel in self.routes:
-            self.routes.remove(kernel)
-        elif address.version == 6 and other in self.routes:
-            self.routes.remove(other)
+        routes = [route for route in self._ways(address.network) if route.kernel or route.version == 6]
+        if routes:
+            self.routes.remove(routes[0])
 
-    def _route_replace(self, to: str, family: int) -> None:
-        route = Route(str(ipaddress.ip_network(to)), False)
+    def _ways(self, to: str) -> list[Route]:
+        """The routes to a destination, in the order in which Linux keeps them."""
+        return sorted((route for route in self.routes if route.to == to), key=lambda route: (route.metric, route.kernel))
+
+    def _route_replace(self, to: str, family: int, more: Mapping[str, str]) -> None:
+        text = str(ipaddress.ip_network(to))
+        route = Route(text, False, int(more.get("metric", 1024 if ":" in text else 0)))
         self._refuse_if(bool(family) and family != route.version, "inet prefix is expected")
         self._refuse_if(not self.up, "Device for nexthop is not up")
         self._refuse_if(route.version == 6 and self.mtu < IPV6_MIN_MTU, "IPv6 is disabled on nexthop device")
         if route not in self.routes:
-            if route.version == 4 and Route(route.to, True) in self.routes:
-                self.routes.remove(Route(route.to, True))  # the same metric: it takes the kernel's place
+            if route._replace(kernel=True) in self.routes:
+                self.routes.remove(route._replace(kernel=True))  # the same metric: it takes the kernel's place
             self.routes.append(route)
 
-    def _route_del(self, to: str, family: int) -> None:
-        text = str(ipaddress.ip_network(to))
-        found = sorted((route for route in self.routes if route.to == text), key=lambda route: route.kernel)
+    def _route_del(self, to: str, family: int, more: Mapping[str, str]) -> None:
+        metric = int(more.get("metric", 0))
+        found = [route for route in self._ways(str(ipaddress.ip_network(to))) if metric in (0, route.metric)]
         self._refuse_if(not found, "No such process")
-        self.routes.remove(found[-1] if found[0].version == 6 else found[0])
+        self.routes.remove(found[0])
 
 
 def key_like(text: str) -> str:
@@ -351,8 +367,8 @@ def hand_peer_command(interface: str, chance: random.Random) -> tuple[str, ...]:
     return ("wg", "set", interface, *words)
 
 
-def hand_commands(interface: str) -> list[tuple[str, ...]]:
-    """Every change of addresses, routes and the link that the model knows."""
+def hand_commands(interface: str, metrics: Sequence[str] = ("",)) -> list[tuple[str, ...]]:
+    """Every change of addresses, routes and the link that the model knows; routes with each of these metrics, "" for none."""
     link = ("ip", "link", "set", "dev", interface)
     found: list[tuple[str, ...]] = [(*link, "up"), (*link, "down")]
     found += [(*link, "mtu", mtu) for mtu in ("1420", "1280", "1200")]
@@ -361,7 +377,8 @@ def hand_commands(interface: str) -> list[tuple[str, ...]]:
     for verb in ("replace", "del"):
         for text in HAND_ROUTES:
             family = ("-6",) if ":" in text else ()
-            found.append(("ip", *family, "route", verb, text, "dev", interface))
+            route = ("ip", *family, "route", verb, text, "dev", interface)
+            found += [(*route, "metric", metric) if metric else route for metric in metrics]
     return found
 
 
@@ -377,7 +394,7 @@ def walk(steps: int, seed: str, interface: str = "nm-model") -> str:
     model("wireguard-go", interface)
     while not os.path.exists(f"/run/wireguard/{interface}.sock"):
         time.sleep(0.01)
-    commands = hand_commands(interface)
+    commands = hand_commands(interface, ("", "5000"))
     usual = [command for command in commands if "link" not in command]
     run("ip", "link", "set", "dev", interface, "up")
     model("ip", "link", "set", "dev", interface, "up")

@@ -41,6 +41,7 @@ ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/root",
     "LC_ALL": "C.UTF-8",
+    "NETCLIENT_SET_CLOCK": "no",  # all hosts share the machine's clock
 }
 
 T = TypeVar("T")
@@ -166,9 +167,7 @@ class Pinging:
     def _count_sent(self) -> int:
         """Ask ping, which goes on: at SIGQUIT it prints "answered/sent packets"."""
         self._ping.send_signal(signal.SIGQUIT)
-        found = wait_for(
-            lambda: re.search(r"(?m)^\d+/(\d+) packets", self._log.read_text()), 5, "ping to count"
-        )
+        found = wait_for(lambda: re.search(r"(?m)^\d+/(\d+) packets", self._log.read_text()), 5, "ping to count")
         return int(found.group(1)) if found else 0
 
     def _count_answered(self, sent: int) -> int:
@@ -280,9 +279,7 @@ class Host:
                 out, err = process.communicate(input, timeout)
             except subprocess.TimeoutExpired as late:
                 said = [str(text or b"", "utf-8", "replace") for text in (late.output, late.stderr)]
-                raise CommandFailed(
-                    self.name, argv, f"no end of it in {timeout:g} s", *said
-                ) from None
+                raise CommandFailed(self.name, argv, f"no end of it in {timeout:g} s", *said) from None
             finally:
                 process.kill()
         if check and process.returncode:
@@ -308,9 +305,7 @@ class Host:
     def log(self) -> str:
         """All that the started commands have said: for the messages of failed tests."""
         logs = sorted(self._logs.iterdir())
-        return "".join(
-            f"==> {self.name}: {log.name}\n{log.read_text(errors='replace')}\n" for log in logs
-        )
+        return "".join(f"==> {self.name}: {log.name}\n{log.read_text(errors='replace')}\n" for log in logs)
 
     # Files
 
@@ -390,9 +385,7 @@ class Host:
     def _inside(self, argv: Sequence[str]) -> Sequence[str]:
         return ("nsenter", "-t", str(self.pid), "-n", "-m", "-u", "--", *argv)
 
-    def _start(
-        self, argv: Sequence[str], env: Mapping[str, str] | None = None
-    ) -> tuple[subprocess.Popen[str], Path]:
+    def _start(self, argv: Sequence[str], env: Mapping[str, str] | None = None) -> tuple[subprocess.Popen[str], Path]:
         path = self._logs / f"{len(self._started):03} {Path(argv[0]).name}"
         with path.open("w") as log:
             process = _spawn(self._inside(argv), stdout=log, env=env)
@@ -557,9 +550,7 @@ class Lab:
         self._segment.connect(host, "eth0", ip)
         return host
 
-    def router(
-        self, name: str, wan_ip: str, lan: str = "192.168.1.0/24", symmetric: bool = False
-    ) -> Router:
+    def router(self, name: str, wan_ip: str, lan: str = "192.168.1.0/24", symmetric: bool = False) -> Router:
         """Put a home router on the internet, with a LAN of its own behind its NAT."""
         router = self._add(Router, name)
         self._segment.connect(router, "wan", wan_ip)

@@ -1,10 +1,10 @@
 """A mesh in the lab: the real server over HTTP, real agents, real WireGuard. The stories and the demo are told with it.
 
-    with Lab() as lab:
-        mesh = Mesh(lab)
-        hub = mesh.join(mesh.host)
-        nas = mesh.join(lab.site("nas", lab.router("home", "203.0.113.21")))
-        nas.checkin()
+with Lab() as lab:
+    mesh = Mesh(lab)
+    hub = mesh.join(mesh.host)
+    nas = mesh.join(lab.site("nas", lab.router("home", "203.0.113.21")))
+    nas.checkin()
 """
 
 from __future__ import annotations

@@ -107,7 +107,7 @@ def test_dual_stack_shares_the_host_number():
 
 @pytest.mark.parametrize("wish", ["10.20.30.0", "10.20.30.255", "10.20.31.1", "fd00::1"])
 def test_a_wish_outside_is_refused(wish):
-    with pytest.raises(Invalid, match="no address that a node"):
+    with pytest.raises(Invalid, match=r"no address that a node .*: its range is 10\.20\.30\.0/24"):
         server.place(server.pools("10.20.30.0/24"), 1, (wish,), *Book())
 
 
@@ -121,8 +121,10 @@ def test_a_wish_outside_is_refused(wish):
         ("169.254.0.0/16", 4, "link-local"),
         ("fe80::/64", 6, "link-local"),
         ("fd00::/127", 6, "from /48 to /126"),
-        ("fd00::/64", 4, "no IPv4 range"),
-        ("nonsense", 4, "no range"),
+        ("fd00::/64", 4, "no IPv4 range: give it with --range6"),
+        ("10.1.0.0/16", 6, "no IPv6 range: give it with --range$"),
+        ("nonsense", 4, r"no range: ADDRESS/BITS, like 10\."),
+        ("fd77::/129", 6, "no range: ADDRESS/BITS, like fd00:"),
     ],
 )
 def test_impossible_ranges_have_their_sentence(text, version, word):
@@ -158,8 +160,15 @@ def test_names_get_a_number():
 
 
 def test_extra_routes():
-    assert server.check_routes("192.168.7.1/24, fd01::/64", ["10.0.0.0/8"]) == "192.168.7.0/24,fd01::/64"
+    assert server.check_routes("192.168.7.1/24, fd01::/64", {"10.0.0.0/8": "mine", "": ""}) == "192.168.7.0/24,fd01::/64"
     with pytest.raises(Invalid, match="all traffic"):
-        server.check_routes("0.0.0.0/0", [])
-    with pytest.raises(server.Clash, match="overlaps 10"):
-        server.check_routes("10.1.0.0/16", ["10.0.0.0/8"])
+        server.check_routes("0.0.0.0/0", {})
+    with pytest.raises(server.Clash, match=r"overlaps 10\.0\.0\.0/8, which is mine"):
+        server.check_routes("10.1.0.0/16", {"10.0.0.0/8": "mine"})
+    with pytest.raises(Invalid, match="twice"):
+        server.check_routes("10.1.0.0/16,10.1.2.3/16", {})
+
+
+@pytest.mark.parametrize("text", ["10.20.30.0/24", "10.0.0.0/8", "10.1.2.4/30", "fd00::/64", "fd00::/126"])
+def test_a_pool_names_its_range(text):
+    assert server.pool(text).text == text

@@ -37,6 +37,7 @@ def test_an_old_backup_restored_cuts_nobody_off(lab: Lab) -> None:
     gone.checkin()
     mesh.settle([a, b, c])
     address = c.address
+    wait_for(lambda: not a.host.ping(address, count=50, interval=0.02).lost, 10, "a second without the birth pangs of a session")
     with a.host.pinging(address) as to_late, a.host.pinging(b.address) as to_b:
         mesh.kill()
         told = mesh.admin("restore", "/root/old.db")

@@ -491,7 +491,15 @@ def test_answers_that_do_not_fit_are_refused(change):
             {"static": "host:1"},
             {"at": "1.2.3.4"},
         ),
-        *({"local": "[fe80::1%eth0]:5"}, {"seen": "1.2.3.4:0"}),
+        *(
+            {"local": "[fe80::1%eth0]:5"},
+            {"seen": "1.2.3.4:0"},
+            {"ip": 5},
+            {"ip6": 5},
+            {"ips": [5]},
+            {"ips": [True]},
+            {"ips": "10.0.0.0/8"},
+        ),
     ],
     ids=str,
 )
@@ -512,7 +520,15 @@ def test_odd_records_are_refused(change):
             {"keepalive": -1},
             {"keepalive": 70000},
         ),
-        *({"ip": "10.99.0.1"}, {"range": "10.20.30.1/24"}, {"range": None}, {"name": "-"}, {"ip": "fd00::2"}),
+        *(
+            {"ip": "10.99.0.1"},
+            {"ip": 169090562, "range": 169090562},
+            {"range": False},
+            {"range": "10.20.30.1/24"},
+            {"range": None},
+            {"name": "-"},
+            {"ip": "fd00::2"},
+        ),
     ],
     ids=str,
 )

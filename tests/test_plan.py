@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From what is known to what is done: choosing endpoints, guarding ranges, the plan and its replay, what is watched and reported.
 
-Parts: THE PLAN - THE MODEL - ENDPOINTS - GUARDS - DESIRE - WATCH - REPORT - LINGERING - STORIES
+Parts: THE PLAN - THE MODEL - ENDPOINTS - GUARDS - DESIRE - WATCH - REPORT - LINGERING - STORIES - WITH THE SERVER
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from kernel import Kernel, RefusedByKernel, key_like
 from lab import unfit
 
 import netclient_lite as agent
+import netmaker_lite as server
 from netclient_lite import (
     Desired,
     LivePeer,
@@ -127,7 +128,7 @@ def test_what_does_not_differ_is_in_no_step_and_what_does_is_named_once(change):
             assert ("persistent-keepalive" in mine) == (live.keepalive != wish.keepalive)
             assert ("endpoint" in mine) == (wish.endpoint not in ("", live.endpoint))
         if "route" in step.argv and "del" in step.argv:
-            assert step.argv[-3] not in desired.routes
+            assert step.argv[step.argv.index("del") + 1] not in desired.routes
 
 
 @thorough
@@ -195,8 +196,20 @@ def test_a_new_interface_is_made_in_the_order_that_linux_needs():
         f"ip addr add 10.20.30.2/24 dev {IF}",
         f"ip link set dev {IF} up",
         f"wg set {IF} peer {peer.key} endpoint {peer.endpoint} persistent-keepalive 20 allowed-ips 10.20.30.5/32,192.168.7.0/24",
-        f"ip route replace 192.168.7.0/24 dev {IF}",
+        f"ip route replace 192.168.7.0/24 dev {IF} metric {agent.METRIC}",
     ]
+
+
+@usual
+@given(changes(), st.booleans())
+def test_no_route_takes_the_place_of_somebody_elses(change, batch):
+    # `ip route replace` takes the place of whatever has the same destination and metric, also on another interface: the way to a
+    # LAN behind a second router would be lost, and not come back when we leave. Metrics: 0 by default, 1024 with IPv6.
+    kernel, desired = change
+    for step in plan(kernel.actual(), desired, CREATE, batch):
+        for line in [*step.stdin.splitlines(), " ".join(step.argv)]:
+            if "route replace" in line:
+                assert int(line.rpartition(" metric ")[2]) > 1024
 
 
 def test_a_second_address_by_hand_goes_and_ours_stays():
@@ -921,3 +934,77 @@ def test_a_change_that_cut_the_server_off_takes_its_ranges_back_too(tmp_path, ti
     assert "198.18.0.0/15" not in standing.kernel.actual().routes
     assert key_like("b") in standing.kernel.peers
     assert node.memory.rejected["word"] == "2.00000002"
+
+
+def test_the_names_of_servers_are_not_asked_for_where_no_range_has_to_be_guarded(tmp_path, time, monkeypatch):
+    # at boot there may be no resolver yet, and the mesh has to come up before it answers
+    standing = Standing(tmp_path, view_of(record("b", ip="10.20.30.5")))
+    standing.node.counters.server = "http://vpn.example.org:8081"
+
+    def nobody(*_):
+        raise AssertionError("a resolver was asked")
+
+    monkeypatch.setattr(agent._socket, "getaddrinfo", nobody)
+    standing.settle()
+    assert key_like("b") in standing.kernel.peers
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# WITH THE SERVER
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Machine(Standing):
+    """A machine whose interface is the model, joined to a real server."""
+
+    def __init__(self, root, home, key, **wishes):
+        super().__init__(root, agent.View())
+        self.context, scalar = self.node.context, os.urandom(32)
+        secret = agent.Secret("default", "-", "-", agent.public_key(scalar), agent.x25519(scalar, home.pin), home.pin)
+        url = f"http://127.0.0.1:{home.port}"
+        config = config_of(network="default", servers=[url], port=51821, fixed=True, wishes=wishes)
+        paths, files, private = self.context.paths, self.context.files, agent.new_private()
+        texts = {"wgkey": private + "\n", "nettoken": key + "\n", "secret": secret.text(), "netconfig": config.text()}
+        for kind, text in texts.items():
+            files.write(paths.of(kind, "default"), text)
+        self.node = agent.Node(self.context, config, secret, private)
+        agent.enrol(self.node, config.wishes)
+        self.checkin()
+
+    def checkin(self):
+        self.node.check_in()
+        self.node.finish()
+
+    def reboot(self):
+        """The interface and what lies on tmpfs are gone."""
+        for kind in ("memory", "state"):
+            self.context.files.remove(self.context.paths.of(kind, "default"))
+        self.kernel("ip", "link", "del", "dev", IF)
+        self.kernel("wireguard-go", IF)
+        self.node = agent.Node.load(self.context, "default")
+
+    @property
+    def name(self):
+        return self.node.memory.view.me["name"]
+
+
+def test_two_machines_of_one_name_check_in_after_a_reboot(tmp_path, home):
+    # a LAN full of machines that are called openwrt; the second is given another name
+    first, second = (Machine(tmp_path / name, home, home.key(), name="openwrt") for name in ("first", "second"))
+    assert [first.name, second.name] == ["openwrt", "openwrt-2"]
+    for machine in (second, first):
+        machine.reboot()
+        machine.checkin()
+        machine.checkin()
+    assert [first.name, second.name] == ["openwrt", "openwrt-2"]
+
+
+def test_what_the_administrator_changed_outlives_a_reboot(tmp_path, home):
+    machine = Machine(tmp_path, home, home.key(), name="nas", keepalive=25)
+    server.set_node(home.core, server.need_node(home.core, "default", machine.node.secret.node), {"name": "archive"})
+    machine.checkin()
+    assert machine.name == "archive"
+    machine.reboot()
+    machine.checkin()
+    machine.checkin()
+    assert machine.name == "archive"

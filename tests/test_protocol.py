@@ -106,7 +106,7 @@ def flipped(text):
 @pytest.mark.parametrize(
     "spoil, status, word",
     [
-        ({"key": "zzzzzzzz.AAAAAAAAAAAAAAAAAAAAAA"}, 403, "no such access key"),
+        ({"key": "zzzzzzzz.AAAAAAAAAAAAAAAAAAAAAA"}, 403, "no such access key: ask for another"),
         ({"secret": "AAAAAAAAAAAAAAAAAAAAAA"}, 403, "no such access key"),
         ({"network": "nowhere"}, 404, "no network"),
         ({"facts": {"key": "short"}}, 400, "no WireGuard key"),
@@ -151,8 +151,40 @@ def test_wishes_are_met_or_refused(home):
     other.wishes = {"address": "10.20.30.77"}
     said = other.try_join(key)
     assert said.status == 409 and "taken" in said["error"]
+    assert "choose another" in said["error"]
     other.wishes = {"name": "nas"}
     assert other.try_join(key)["name"] == "nas-2"
+
+
+def test_a_wished_name_that_is_taken_gets_a_number_in_an_exchange_too(home):
+    one, two, three = clients(home, 3, home.key())
+    for node in (one, two, three, two):
+        assert node.exchange({"wishes": {"name": "nas"}}).status in (200, 204)
+    assert [node.me["name"] for node in (one, two, three)] == ["nas", "nas-2", "nas-3"]
+    assert one.exchange({"wishes": {"name": "other"}}).status == 200
+    two.exchange({"wishes": {"name": "nas"}})
+    assert two.me["name"] == "nas"
+
+
+def test_long_names_that_are_taken_get_numbers_as_well(home):
+    key = home.key()
+    for number in range(1, 12):
+        client = Client(home, source="198.51.100.%d" % number)
+        client.wishes = {"name": "n" * 62}
+        client.join(key)
+        assert client.name == ("n" * 62 if number == 1 else "%s-%d" % ("n" * (61 - len(str(number))), number))
+
+
+def test_nodes_get_the_networks_port_and_interface_unless_their_user_fixed_one(home):
+    home.network("other", "10.21.0.0/16", port=40000, interface="wg7")
+    key = home.key("other")
+    nodes = [Client(home, "other") for _ in range(4)]
+    nodes[2].facts.update(fixed=True, port=45000)
+    nodes[3].facts.update(port=1024)
+    for node in nodes:
+        node.join(key).exchange()
+    assert [node.me["port"] for node in nodes] == [40000, 40001, 45000, 40002]
+    assert {node.me["interface"] for node in nodes} == {"wg7"}
 
 
 def test_neighbours_behind_one_address_get_different_ports(home):
@@ -205,7 +237,7 @@ def test_sign_up_approve_and_reject(home):
     assert one.names() == old.names() == {"node", one.name}
     assert one.me["ip"] == "10.20.30.2"
     said = two.exchange()
-    assert said.status == 410 and "rejected" in said["message"]
+    assert said.status == 410 and "turned it away" in said["message"]
 
 
 # ---- exchange: what must have no effect
@@ -328,7 +360,6 @@ def test_another_incarnation_is_refused(home):
         ({"mute": {"0" * 16: "yes"}}, "neither true nor false"),
         ({"leave": "yes"}, "neither true nor false"),
         ({"wishes": {"address": "10.20.30.255"}}, "no address that a node"),
-        ({"wishes": {"name": "node-2"}}, "taken"),
         ({"facts": {"os": "x" * 81}}, "form"),
     ],
 )

@@ -20,7 +20,8 @@ import threading
 import time
 
 import pytest
-from agentkit import AGENT
+from agentkit import AGENT, config_of
+from kernel import key_like
 
 import netclient_lite as agent
 from netclient_lite import Counters, Secret, machine_mark
@@ -46,12 +47,12 @@ class Server(socketserver.ThreadingTCPServer):
     def url(self):
         return "http://127.0.0.1:%d" % self.server_address[1]
 
-    def answer(self, line):
-        """The answer to a request's line, once its MAC and its number have been checked."""
+    def answer(self, line, asked):
+        """The answer to a request's line and body, once its MAC and its number have been checked."""
         fields = line.split(" ")
         secret = self.secrets[fields[1]]
         head = line.rpartition(" ")[0]
-        proof = agent.mac(secret.key("request mac"), b"POST " + agent.EXCHANGE_PATH.encode(), head.encode(), b"")
+        proof = agent.mac(secret.key("request mac"), b"POST " + agent.EXCHANGE_PATH.encode(), head.encode(), asked)
         assert fields[-1] == proof
         assert fields[0] == agent.PROTOCOL
         number = tuple(map(int, fields[4].split(".")))
@@ -66,14 +67,15 @@ class Server(socketserver.ThreadingTCPServer):
 class Handler(socketserver.BaseRequestHandler):
     def handle(self):
         data = b""
-        while b"\r\n\r\n" not in data:
+        while not agent._complete(data):
             piece = self.request.recv(65536)
             if not piece:
                 return
             data += piece
         self.server.requests.append(data)
         line = re.search(rb"\r\nNM-Lite: ([^\r]*)\r\n", data).group(1).decode()
-        answer = self.server.answer(line) if self.server.raw is None else self.server.raw
+        asked = data.partition(b"\r\n\r\n")[2]
+        answer = self.server.answer(line, asked) if self.server.raw is None else self.server.raw
         self.server.bytes += len(data) + len(answer)
         self.request.sendall(answer)
 
@@ -362,6 +364,28 @@ def test_several_networks_are_one_process_and_only_what_is_new_is_handed_over(tm
         seen = run()
         assert (seen["way"], seen["handed"]) == ("full", {"other": None})
         assert len(tree.server.requests) == 3
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a full check-in is for root")
+def test_a_network_that_needs_more_costs_the_others_nothing(tmp_path, compiled):
+    # one peer without a handshake in one network must not make every check-in of all networks a full one
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for tool in ("ip", "wg"):
+        (tools / tool).write_text("#!/bin/sh\n")
+        (tools / tool).chmod(0o755)
+    with contextlib.closing(Tree(tmp_path / "root", "demo", "other")) as tree:
+        for secret in tree.secrets:
+            config = config_of(network=secret.network, servers=[tree.server.url])
+            (tree.config / f"netconfig-{secret.network}").write_text(config.text())
+            (tree.config / f"wgkey-{secret.network}").write_text(key_like("private") + "\n")
+        tree.settle("other", due=0)
+        command = [sys.executable, "-I", "-S", compiled(sys.executable), "checkin"]
+        environment = tree.environment(PATH=f"{tools}:{os.environ['PATH']}")
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        asked = [re.search(rb"NM-Lite: 1 (\S+)", request).group(1).decode() for request in tree.server.requests]
+        assert sorted(asked) == [secret.node for secret in tree.secrets]
 
 
 def test_the_mark_changes_with_the_machine(monkeypatch):

@@ -7,8 +7,10 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -114,7 +116,7 @@ def test_approve_and_reject(home, run, done):
     one, two = Client(home, source="192.0.2.71").join(), Client(home, source="192.0.2.72").join()
     assert done("node show default %s" % one.name)["ispending"] == "yes"
     assert done("node approve default %s" % one.name)["address"] == "10.20.30.1"
-    assert run("node reject default %s" % two.name)[1] == "node %s rejected\n" % two.name
+    assert run("node reject default %s" % two.name)[1] == "node %s turned away\n" % two.name
     status, _, err = run("node reject default %s" % one.name)
     assert status == 1 and "not pending" in err
 
@@ -126,9 +128,13 @@ def test_approve_and_reject(home, run, done):
         ("network add a/b --range 10.1.0.0/24", 2, "no network name"),
         ("network add x", 2, "needs a range"),
         ("network add x --range 10.1.0.0/33", 2, "no range"),
-        ("network add x --range fd00::/64", 2, "no IPv4 range"),
-        ("network add x --range 10.1.0.0/24 --port 80", 2, "from 1024 to 65535"),
-        ("network add x --range 10.1.0.0/24 --hole-punch perhaps", 2, "neither yes nor no"),
+        ("network add x --range fd00::/64", 2, "no IPv4 range: give it with --range6"),
+        ("network add x --range6 fd77::/129", 2, "like fd00:"),
+        ("network add x --range 10.1.0.0/24 --port 80", 2, "--port takes a whole number from 1024 to 65535, not '80'"),
+        ("network add x --range 10.1.0.0/24 --mtu 10", 2, "--mtu takes a whole number from 576 to 9200, not '10'"),
+        ("network add x --range 10.1.0.0/24 --hole-punch perhaps", 2, "--hole-punch: 'perhaps' is neither yes nor no"),
+        ("network set default mtu=10", 2, ": mtu takes a whole number"),
+        ("network set default mtu", 2, "write mtu=VALUE"),
         ("network add x --range 10.20.30.0/25", 1, "overlaps"),
         ("network add default --range 10.9.0.0/24", 1, "already"),
         ("network show nowhere", 1, "no network nowhere"),
@@ -137,10 +143,11 @@ def test_approve_and_reject(home, run, done):
         ("network frobnicate", 2, "invalid choice"),
         ("key add nowhere", 1, "no network"),
         ("key add default --uses 0", 2, "whole number"),
+        ("key add default --uses many", 2, "or unlimited, not 'many'"),
         ("key add default --expires soon", 2, "like 24h"),
         ("key add default --name a/b", 2, "no name for a key"),
-        ("key remove default nothing", 1, "no key nothing"),
-        ("node show default nobody", 1, "no node nobody"),
+        ("key remove default nothing", 1, "no key nothing: `netmaker-lite key list default`"),
+        ("node show default nobody", 1, "no node nobody: `netmaker-lite node list default`"),
         ("restore /nowhere/file", 2, "cannot read"),
         ("backup /nowhere/file", 1, "cannot write"),
         ("", 2, "required"),
@@ -185,8 +192,9 @@ def test_settings_come_from_flag_environment_file_default(tmp_path):
 
 def test_an_unusable_data_folder_has_its_sentence(run, tmp_path):
     (tmp_path / "file").write_text("x")
-    status, _, err = run("network list", NETMAKER_DATA=str(tmp_path / "file" / "data"))
-    assert status == 1 and "cannot use the data folder" in err and err.count("\n") == 1
+    for words in ("network add home --range 10.1.0.0/24", "serve"):
+        status, _, err = run(words, NETMAKER_DATA=str(tmp_path / "file" / "data"))
+        assert status == 1 and "cannot make the data folder" in err and err.count("\n") == 1
     (tmp_path / "netmaker.db").write_bytes(b"x" * 8192)
     status, _, err = run("network list", NETMAKER_DATA=str(tmp_path))
     assert status == 1 and "cannot use the data folder" in err
@@ -205,6 +213,123 @@ def test_backup_restore_check_version(run, done, tmp_path):
     core.store.close()
     status, out, _ = run("check")
     assert status == 1 and "wrong count of nodes" in out
+
+
+def test_a_misspelt_folder_makes_no_database(run, tmp_path):
+    for words in ("network list", "key add home", "node list home", "backup %s" % (tmp_path / "copy"), "check"):
+        status, out, err = run(words + " --data %s" % (tmp_path / "typo"))
+        assert (status, out) == (1, "")
+        assert err == "netmaker-lite: there is no database in %s: name the server's folder with --data\n" % (tmp_path / "typo")
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_version_needs_nothing(run, tmp_path):
+    place = tmp_path / "data"
+    place.mkdir()
+    (place / "netmaker.env").write_text("API_PORT=nonsense\n")
+    assert run("version") == (0, "netmaker-lite %s\n" % server.__version__, "")
+
+
+def test_what_the_settings_file_says_in_vain_is_named(run, done, tmp_path, caplog):
+    done("network add home --range 10.1.2.0/24")
+    (tmp_path / "data" / "netmaker.env").write_text("# fine\nAPI_PROT=1\n\nexport SERVER_HOST=x\nnonsense here\n")
+    caplog.clear()
+    assert run("network list")[0] == 0
+    file = str(tmp_path / "data" / "netmaker.env")
+    expected = ["%s, line 2: there is no setting API_PROT" % file, "%s, line 5: 'nonsense' is not NAME=value" % file]
+    assert [record.getMessage() for record in caplog.records] == expected
+
+
+def test_flags_that_do_nothing_are_not_there(run):
+    helps = {words: run(words + " --help")[1] for words in ("serve", "version", "check")}
+    assert "--json" not in helps["serve"] and "--data" in helps["serve"] and "--new-key" in helps["serve"]
+    assert "--data" not in helps["version"] and "--json" in helps["version"]
+    assert "--data" in helps["check"] and "--json" in helps["check"]
+    assert all(each.name in helps["serve"] and each.help in helps["serve"] for each in server.SETTINGS)
+
+
+def test_times_are_for_people_unless_json(node, run, done):
+    done("node set default node expires=1900000000")
+    lines = dict(line.split(None, 1) for line in run("node show default node")[1].splitlines() if "  " in line)
+    assert lines["expdatetime"] == "2030-03-17 17:46 UTC" and lines["lastcheckin"] == "2027-01-15 08:00 UTC"
+    assert done("node show default node")["expdatetime"] == 1900000000
+    assert "UTC" in run("network show default")[1]
+    server.add_key(node.home.core, "default", name="old", lifetime=3600)
+    assert "2027-01-15 09:00 UTC\n" in run("key list default")[1]
+    node.home.core.clock.now += 3600
+    assert "  expired\n" in run("key list default")[1]
+
+
+def test_sentences_about_nodes(node, run, home):
+    Client(home, source="198.51.100.2").join(home.key())
+    assert "10.20.30.2 is taken: choose another\n" in run("node set default node address=10.20.30.2")[2]
+    assert "its range is 10.20.30.0/24\n" in run("node set default node address=10.9.9.9")[2]
+    assert "the name node-2 is taken: choose another\n" in run("node set default node name=node-2")[2]
+    assert "which is the network's own range" in run("node set default node allowedips=10.20.0.0/16")[2]
+    assert "mtu takes a whole number from 576 to 9200, not '10'\n" in run("node set default node mtu=10")[2]
+    assert "`netmaker-lite node remove default node`" in run("node reject default node")[2]
+
+
+# ---- rights
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def place():
+    """A folder that every user can enter; the process is root again afterwards."""
+    if os.getuid():
+        pytest.skip("needs root, to become another user")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o755)  # noqa: S103
+        yield Path(folder)
+        os.seteuid(0)
+        os.setegid(0)
+
+
+def test_root_writes_and_reads_backups_where_the_servers_user_cannot(run, place):
+    data, usb = place / "data", place / "usb"
+    data.mkdir()
+    usb.mkdir(mode=0o700)
+    os.chown(data, NOBODY, NOBODY)
+
+    def sudo(words):
+        os.seteuid(0)
+        os.setegid(0)
+        status, _, err = run(words, NETMAKER_DATA=str(data))
+        assert os.geteuid() == NOBODY
+        assert status == 0, err
+
+    sudo("network add home --range 10.1.2.0/24")
+    sudo("backup %s --with-key" % (usb / "copy"))
+    sudo("network add other --range 10.2.2.0/24")
+    sudo("restore %s" % (usb / "copy"))
+    os.seteuid(0)
+    os.setegid(0)
+    found = os.stat(usb / "copy")
+    assert (found.st_uid, stat.S_IMODE(found.st_mode)) == (0, 0o600) and os.listdir(usb) == ["copy"]
+    assert {(data / name).stat().st_uid for name in os.listdir(data)} == {NOBODY}
+    assert not [name for name in os.listdir(data) if name.startswith("backup.")]
+    assert "10.2.2.0/24" not in run("network list", NETMAKER_DATA=str(data))[1]
+
+
+@pytest.mark.parametrize("mode", [0o700, 0o755])
+def test_without_permission_one_sentence_says_whose_it_is(run, place, monkeypatch, mode):
+    data = place / "data"
+    assert run("network add home --range 10.1.2.0/24", NETMAKER_DATA=str(data))[0] == 0
+    os.chmod(data, mode)
+    monkeypatch.setattr(server.os, "getuid", lambda: NOBODY)
+    os.setegid(NOBODY)
+    os.seteuid(NOBODY)
+    for words in ("network list", "network add x --range 10.9.0.0/24", "check", "serve"):
+        status, out, err = run(words, NETMAKER_DATA=str(data))
+        assert (status, out) == (1, "") and err.count("\n") == 1, err
+        assert err.startswith("netmaker-lite: %s" % data) and err.endswith(" belongs to root: run this with sudo\n")
+    status, _, err = run("serve", NETMAKER_DATA=str(place / "new"))
+    assert status == 1 and "cannot make the data folder %s" % (place / "new") in err and err.count("\n") == 1
+
+
+# ---- serve
 
 
 def free_port():
@@ -266,6 +391,23 @@ def test_serve(tmp_path, run, done, backend):
     core = server.open_core(server.Settings({}, {"NETMAKER_DATA": str(tmp_path / "data")}))
     assert server.nodes(core, "default")[0]["last_seen"] > 0
     core.store.close()
+
+
+def test_serve_with_a_new_key(tmp_path, run, done):
+    done("network add default --range 10.20.30.0/24")
+    done("key add default")
+    os.unlink(tmp_path / "data" / "server.key")
+    status, _, err = run("key add default")
+    assert status == 1 and "server.key is missing: restore it" in err and err.count("\n") == 1
+    assert "is missing" in run("serve --host 127.0.0.1 --port %d" % free_port())[2]
+    process = started(tmp_path / "data", free_port(), "--new-key")
+    out = "".join(process.stdout.readline() for _ in range(4))
+    process.send_signal(signal.SIGTERM)
+    err = process.communicate(timeout=20)[1]
+    assert process.returncode == 0 and "removed: 1\n" in out, err
+    assert done("key list default") == []
+    assert server.b64(parse_token(done("key add default")["accessstring"]).pin) in out
+    assert "move it away first" in run("serve --new-key --host 127.0.0.1 --port %d" % free_port())[2]
 
 
 def test_a_port_in_use_has_its_sentence(tmp_path, run):

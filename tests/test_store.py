@@ -168,7 +168,7 @@ def test_the_node_limit_holds(core):
     server.set_network(core, "default", {"node_limit": 1})
     key = server.add_key(core, "default", uses=None)
     node = server.join(core, joining(core, key["id"], 1))
-    with pytest.raises(server.Clash, match="limit"):
+    with pytest.raises(server.Clash, match=r"limit .*: raise nodelimit, or remove nodes"):
         server.join(core, joining(core, key["id"], 2))
     server.remove_node(core, node)
     server.join(core, joining(core, key["id"], 3))
@@ -269,9 +269,9 @@ def test_no_range_has_two_owners(core):
     key = server.add_key(core, "default", uses=None)
     one, two = (server.join(core, joining(core, key["id"], number)) for number in range(2))
     server.set_node(core, one, {"ips": "192.168.7.0/24"})
-    with pytest.raises(server.Clash, match="has an owner"):
+    with pytest.raises(server.Clash, match="which is a range of the node n:"):
         server.set_node(core, two, {"ips": "192.168.7.128/25"})
-    with pytest.raises(server.Clash, match="has an owner"):
+    with pytest.raises(server.Clash, match="which is the network's own range"):
         server.set_node(core, two, {"ips": "10.20.30.0/28"})
 
 
@@ -305,9 +305,37 @@ def test_starts_at_once_agree_on_the_key_and_the_incarnation(tmp_path):
 
 def test_another_server_key_is_noticed(tmp_path):
     make_core(str(tmp_path)).store.close()
-    os.unlink(tmp_path / "server.key")
+    (tmp_path / "server.key").write_text(b64(os.urandom(32)) + "\n")
     with pytest.raises(server.ServerError, match="not the key that this database was made with"):
         make_core(str(tmp_path))
+
+
+def test_a_lost_server_key_is_not_made_anew_unasked(tmp_path):
+    core = make_core(str(tmp_path))
+    server.add_network(core, "default", {"range": "10.20.30.0/24"})
+    server.add_key(core, "default")
+    core.store.close()
+    with pytest.raises(server.Clash, match="move it away first"):
+        server.give_up_key(core.settings)
+    os.unlink(tmp_path / "server.key")
+    with pytest.raises(server.ServerError, match=r"is missing: restore it .*serve --new-key, and every agent joins again"):
+        make_core(str(tmp_path))
+    assert not (tmp_path / "server.key").exists()
+    assert server.give_up_key(core.settings) == 1
+    again = make_core(str(tmp_path))
+    assert again.key.pin != core.key.pin and again.store.meta("pin") == b64(again.key.pin)
+    assert server.access_keys(again, "default") == [] and server.check(again) == []
+    again.store.close()
+
+
+def test_a_pin_can_stand_after_a_flag(tmp_path, monkeypatch):
+    seeds = [number.to_bytes(32, "little") for number in range(2000)]
+    bad = next(seed for seed in seeds if b64(server.agent.public_key(seed)).startswith("-"))
+    good = next(seed for seed in seeds if not b64(server.agent.public_key(seed)).startswith("-"))
+    drawn = iter([bad, good])
+    real = server.secrets.token_bytes
+    monkeypatch.setattr(server.secrets, "token_bytes", lambda size: next(drawn) if size == 32 else real(size))
+    assert server.ServerKey.load(str(tmp_path / "server.key")).private == good
 
 
 def test_a_damaged_key_is_named(tmp_path):
