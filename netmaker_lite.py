@@ -1365,6 +1365,9 @@ class Members:
             return self._put(mesh, row) if mesh is not None else None
 
     def _put(self, mesh: Mesh, row: NodeState) -> Member:
+        # what thousands of rows say alike is kept once: a database gives a copy with each
+        public = row.source if row.public == row.source else row.public
+        row = row._replace(network=mesh.state.id, state=sys.intern(row.state), public=public)
         member = self.nodes.get(row.id)
         if member is None:
             member = Member(mesh, row)
@@ -2635,7 +2638,7 @@ class Signer(NamedTuple):
 
     key: bytes
     request_mac: str
-    box: Any
+    box: Callable[[], Any] | None  # asked for only where there is a body: most answers have none
     source: str
     now: int
     interval: int
@@ -2643,7 +2646,7 @@ class Signer(NamedTuple):
     def reply(self, status: int, value: Mapping[str, Any] | bytes | None = None) -> Reply:
         body = value if isinstance(value, bytes) else b"" if value is None else dump(value)
         if body and self.box is not None:
-            body = bytes(self.box.encrypt(body))
+            body = bytes(self.box().encrypt(body))
         head = "%s %d %s %d %d" % (agent.PROTOCOL, status, self.source, self.now, self.interval)
         line = head + " " + mac(self.key, head.encode(), self.request_mac.encode(), body)
         return Reply(status, body, line)
@@ -2721,7 +2724,7 @@ class Agents:
             self.failures.add(now, source)
             raise Denied("the signature is wrong: the token is for another server, or the request was altered")
         box = nacl.secret.SecretBox(keys("seal")) if mode == "s" else None
-        signer = Signer(keys("answer mac"), request_mac, box, source, int(now), self.interval)
+        signer = Signer(keys("answer mac"), request_mac, (lambda: box) if box else None, source, int(now), self.interval)
         if incarnation != self.core.store.incarnation:
             return signer.reply(409, {"incarnation": self.core.store.incarnation})
         try:
@@ -2797,7 +2800,7 @@ class Agents:
             return self._unknown(who, request, body, source)
         member = self.members.nodes.get(node, member)
         self._keys(member)  # a network that was read anew has them no more
-        box = self._box(member) if mode == "s" else None
+        box = partial(self._box, member) if mode == "s" else None
         interval = member.mesh.state.interval or self.interval
         now = self.core.clock()
         signer = Signer(member.answer_key, request_mac, box, source, int(now), interval)
@@ -2835,7 +2838,7 @@ class Agents:
         keys = self._join_keys(public, network)
         if not is_signed(keys("request mac"), EXCHANGE, request.signed, body, request.mac):
             raise Denied("the signature is wrong: the request was altered, or is another node's")
-        box = nacl.secret.SecretBox(keys("seal")) if request.mode == "s" else None
+        box = (lambda: nacl.secret.SecretBox(keys("seal"))) if request.mode == "s" else None
         signer = Signer(keys("answer mac"), request.mac, box, source, int(now), self.interval)
         return signer.reply(404, problem)
 
@@ -2855,7 +2858,7 @@ class Agents:
                 return signer.reply(409, {"challenge": expected})
         told = None
         if body:
-            told = parse_exchange(unseal(signer.box, body) if signer.box else body)
+            told = parse_exchange(unseal(signer.box(), body) if signer.box else body)
         with self._lock:
             if order <= (member.epoch, member.sequence):
                 raise _NotFresh
