@@ -145,6 +145,8 @@ make_venv() { # PYTHON FOLDER: made anew only when the lock file or the Python c
 	"$python" -m venv --clear "$folder" &&
 		"$folder/bin/python" -m pip install --quiet --disable-pip-version-check --require-hashes \
 			-r requirements/test.txt &&
+		"$folder/bin/python" -m pip download --quiet --disable-pip-version-check --require-hashes \
+			-r requirements/server.txt -d "$folder/wheels" && # for the quickstart, tested where there is no network
 		lock_stamp "$python" >"$folder/.lock"
 }
 
