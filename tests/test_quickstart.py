@@ -1,4 +1,4 @@
-"""The README's first command, as a newcomer runs it: in a lab host without a network, with the packages laid ready; and the demo."""
+"""The README's first command as a newcomer runs it, in a lab host without a network, with packages laid ready; and the demo."""
 
 from __future__ import annotations
 
