@@ -24,6 +24,14 @@ def nobody_sets_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "clock_settime", refuse)
 
 
+@pytest.fixture(autouse=True)
+def nobody_keeps_the_umask() -> Iterator[None]:
+    """The agent's main makes private whatever this process writes from then on; hosts of the lab must not be."""
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
