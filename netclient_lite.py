@@ -2924,6 +2924,8 @@ def join(context: Context, node: Node) -> ExitStatus:
     node.finish()
     install_service(context, node.config.daemon)
     nudge_daemon(context)
+    if node.session.box is None and node.session.server.startswith("http:"):
+        context.say(f"{network}: without PyNaCl the peer lists travel readable on plain HTTP, though never alterable")
     me = node.memory.view.me
     if node.memory.view.state == "pending":
         print(f"{network}: asked to join; to be approved by: netmaker-lite node approve {network} {node.secret.node}")

@@ -91,9 +91,9 @@ def test_an_agent_on_the_standard_library_alone_is_a_full_node(lab: Lab) -> None
     host.write("/root/bare.py", BARE)
 
     def bare(*verb: str) -> str:
-        return host.run(lab.python, "/root/bare.py", lab.agent_argv[1], *verb).stdout
+        return host.run(lab.python, "/root/bare.py", lab.agent_argv[1], *verb).stderr
 
-    bare("join", "-t", mesh.token(), "--daemon", "off")
+    assert "readable on plain HTTP" in bare("join", "-t", mesh.token(), "--daemon", "off")
     node = Member(mesh, host, "demo")
     state = host.read("/var/run/netclient/demo.state").split()
     assert state[4] == "p"
