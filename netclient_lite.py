@@ -1297,9 +1297,13 @@ def guarded(view: View, node: str, keep_out: Sequence[str]) -> tuple[dict[str, f
     return kept, warnings
 
 
+def _within(network: Any, homes: Sequence[Any]) -> bool:
+    return any(network.version == home.version and network.subnet_of(home) for home in homes)
+
+
 def _unfit(text: str, homes: Sequence[Any], out: Sequence[tuple[str, Any]]) -> str:
     network: Any = ipaddress.ip_network(text)
-    if any(network.version == home.version and network.subnet_of(home) for home in homes):
+    if _within(network, homes):
         return ""
     if network.prefixlen == 0:
         return "it would take everything into the tunnel"
@@ -1321,16 +1325,11 @@ def desire(
     for other, own in allowed.items():
         key = view.peers[other]["key"]
         peers[key] = Peer(key, endpoints.get(other, ""), own, me["keepalive"])
-    beyond = {text for own in allowed.values() for text in own if not _within(text, ranges)}
+    homes = [ipaddress.ip_network(text) for text in ranges]
+    beyond = {text for own in allowed.values() for text in own if not _within(ipaddress.ip_network(text), homes)}
     routes = frozenset(ranges) | beyond
     mtu = max(me["mtu"], 1280) if me.get("ip6") else me["mtu"]  # below 1280 Linux takes IPv6 off the interface
     return Desired(config.interface, private, me["port"], mtu, frozenset(addresses), routes, peers), warnings
-
-
-def _within(text: str, ranges: Sequence[str]) -> bool:
-    network: Any = ipaddress.ip_network(text)
-    wide: list[Any] = [ipaddress.ip_network(other) for other in ranges]
-    return any(network.version == other.version and network.subnet_of(other) for other in wide)
 
 
 def plan(actual: Actual, desired: Desired, create: Step, batch: bool = False) -> list[Step]:
@@ -2819,9 +2818,9 @@ def prepare(context: Context, token: Token, options: Options) -> Node:
     if options.publickey and options.publickey != derived_public(private):
         raise UsageError("--publickey does not belong to --privatekey")
     context.system.backend()
-    port = _join_port(context, options, _loaded(read_text(Paths(paths.root).of("netconfig", network))).get("port", 0))
-    own = _loaded(read_text(there.of("netconfig", network))).get("interface")
-    if context.system.exists(interface) and not (options.force and interface in (own, "nm-" + network)):
+    replaced = _loaded(read_text(there.of("netconfig", network)))
+    port = _join_port(context, options, replaced.get("port", 0))
+    if context.system.exists(interface) and not (options.force and interface in (replaced.get("interface"), "nm-" + network)):
         raise NetclientError(f"{interface} is there already: choose another --interface (--force replaces nm-{network})")
     pin = token.pin or trusted_pin(context, token, options)
     values = {**chosen, "network": network, "servers": list(token.servers), "interface": interface, "port": port}

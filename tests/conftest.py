@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Iterator
 
 import pytest
+from lab import Lab
 from serverkit import Clock, Server
 
 os.environ["NETCLIENT_SET_CLOCK"] = "no"  # a test must never move this machine's clock
@@ -44,3 +45,10 @@ def home(tmp_path: Path, clock: Clock) -> Iterator[Server]:
     running.network()
     yield running
     running.stop()
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    """An internet to put hosts on; tests/lab.py."""
+    with Lab() as lab:
+        yield lab

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Iterator
 
 import pytest
 from lab import Host, Lab, unfit, wait_for
@@ -13,12 +12,6 @@ import netclient_lite as agent
 
 UNFIT = unfit("wg")
 pytestmark = [pytest.mark.lab, pytest.mark.skipif(bool(UNFIT), reason=UNFIT), pytest.mark.timeout(180)]
-
-
-@pytest.fixture
-def lab() -> Iterator[Lab]:
-    with Lab() as lab:
-        yield lab
 
 
 def test_a_reboot_tells_no_old_wish_again(lab: Lab) -> None:

@@ -70,12 +70,6 @@ def street() -> Iterator[Street]:
         yield Street(lab, homes, hub, left, right)
 
 
-@pytest.fixture
-def lab() -> Iterator[Lab]:
-    with Lab() as lab:
-        yield lab
-
-
 def call_hub(street: Street) -> None:
     """Have both homes' nodes call the public one, so that it learns their endpoints."""
     for each in (street.left, street.right):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-from typing import Iterator
 
 import pytest
 from lab import Host, Lab, unfit, wait_for
@@ -12,12 +11,6 @@ from mesh import SERVER_IP, Member, Mesh
 
 UNFIT = unfit("wg", "openssl")
 pytestmark = [pytest.mark.lab, pytest.mark.skipif(bool(UNFIT), reason=UNFIT), pytest.mark.timeout(180)]
-
-
-@pytest.fixture
-def lab() -> Iterator[Lab]:
-    with Lab() as lab:
-        yield lab
 
 
 def public_nodes(mesh: Mesh, *names: str) -> list[Member]:

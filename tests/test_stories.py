@@ -6,7 +6,6 @@ import contextlib
 import json
 import threading
 import time
-from typing import Iterator
 
 import pytest
 from lab import Host, Lab, adjacency, unfit, wait_for
@@ -16,12 +15,6 @@ import netclient_lite as agent
 
 UNFIT = unfit("wg")
 pytestmark = [pytest.mark.lab, pytest.mark.skipif(bool(UNFIT), reason=UNFIT), pytest.mark.timeout(180)]
-
-
-@pytest.fixture
-def lab() -> Iterator[Lab]:
-    with Lab() as lab:
-        yield lab
 
 
 @pytest.fixture
