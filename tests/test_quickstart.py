@@ -42,7 +42,7 @@ def test_two_runs_a_join_and_a_stop() -> None:
         wait_for(lambda: not nas.ping(first_node, count=1).lost, 15, "the first node to be reached")
         assert "netmaker-lite" in vps.run("ps", "-o", "user:20,args", "-e").stdout
         quickstart(vps, "--stop")
-        assert "serve" not in vps.run("ps", "-o", "args", "-e").stdout
+        assert "netmaker-lite serve" not in vps.run("ps", "-o", "args", "-e").stdout
         assert "no server" in quickstart(vps, "--stop").stderr
 
 
