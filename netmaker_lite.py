@@ -28,6 +28,7 @@ Contents
     MODELS      the tables and their numbered migrations
     STORE       connections, and a change as one batch of conditional statements
     MESH        what nodes hear of each other: records, settings, observed endpoints; pure
+    RENDER      texts made of values: configurations of external clients, QR pictures, CoreDNS files; pure
     MEMBERS     the networks in memory, proven fresh by one keyed read
     ACTIONS     one function for each thing that an administrator or an agent can do
     AGENTS      the agent protocol: join, exchange, look (docs/protocol.md)
@@ -56,8 +57,10 @@ if "serve" in sys.argv[1:] and os.environ.get("SERVER_BACKEND") == "gevent":
     gevent.monkey.patch_all()
 
 import argparse
+import base64
 import bisect
 import fcntl
+import io
 import ipaddress
 import json
 import logging
@@ -189,6 +192,8 @@ SETTINGS = (
     Setting("DATABASE", "sqlite", "where the data are kept: sqlite", one_of("sqlite")),
     Setting("CHECKIN_INTERVAL", "15", "seconds between two check-ins of an agent", whole(2, 100000)),
     Setting("DEFAULT_NODE_LIMIT", "999999999", "nodes that a new network may have", whole(0, 1 << 53)),
+    Setting("DNS_MODE", "on", "write hosts file and Corefile for CoreDNS: on or off", one_of("on", "off")),
+    Setting("COREDNS_ADDR", "", "address of that nameserver, which agents are told", lambda text: text and check_address(text)),
     Setting("TRUSTED_PROXIES", "", "addresses or ranges whose X-Forwarded-For is believed", check_proxies),
     Setting("POLL_LIMIT", "64", "long-polls held at once", whole(1, 100000)),
     Setting("VERBOSITY", "1", "0 errors, 1 warnings, 2 events, 3 everything", whole(0, 3)),
@@ -436,7 +441,9 @@ def check_routes(text: str, taken: Mapping[str, str]) -> str:
         except ValueError as bad:
             raise Invalid("%r is no range: ADDRESS/BITS, like 192.168.7.0/24" % word) from bad
         if block.prefixlen == 0:
-            raise Invalid("%s would send all traffic of every node there: name the ranges" % word)
+            raise Invalid("%s would send all traffic of every node there: name the ranges (clients have `internet`)" % word)
+        if block.is_loopback or block.is_multicast or block.is_link_local:
+            raise Invalid("%s is a loopback, multicast or link-local range: no node can own it" % word)
         blocks.append(str(block))
     for block_text in blocks:
         other = next((range_ for range_ in taken if overlap(block_text, range_)), None)
@@ -463,10 +470,10 @@ def free_name(wish: str, taken: Iterable[str]) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def write_private(path: str, data: bytes, replace: bool) -> bool:
+def write_private(path: str, data: bytes, replace: bool, mode: int = 0o600) -> bool:
     """Write a file that is 0600 from its first byte and appears whole; False when it is already there."""
     temporary = "%s.%s" % (path, secrets.token_hex(4))
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
@@ -602,6 +609,8 @@ class Network(peewee.Model):
     manual = peewee.BooleanField(default=False)
     is_local = peewee.BooleanField(default=False)
     local_range = _text()
+    client_dns = _text()  # what external clients ask for names
+    names = _number()  # counter of the last change of names that are not nodes'
     created = _number()
     modified = _number()
     nodes_modified = _number()
@@ -653,6 +662,14 @@ class Node(peewee.Model):
     rejected = _text()
     removed = _number()
     farewell = _text()
+    egress = _text()  # {"ranges", "interface", "nat"} as JSON; "": no egress gateway
+    ingress = peewee.BooleanField(default=False)
+    relay = peewee.BooleanField(default=False)
+    via = _text()  # the node that relays it
+    deny = _text()  # nodes that it must not know, each with a comma after it; they have it in theirs
+    mac = _text()
+    postup = _text()
+    postdown = _text()
 
 
 class Lease(peewee.Model):
@@ -728,6 +745,38 @@ class Joined(peewee.Model):
         primary_key = peewee.CompositeKey("network", "auth")
 
 
+class Client(peewee.Model):
+    """An external client: a machine with a plain WireGuard configuration, known to one ingress gateway."""
+
+    id = peewee.TextField(primary_key=True)
+    network = peewee.TextField()
+    gateway = peewee.TextField(index=True)
+    name = peewee.TextField()
+    key = peewee.TextField()
+    private = _text()  # sealed; forgotten some minutes after `keyed`
+    keyed = _number()
+    ip = _text()
+    ip6 = _text()
+    dns = _text()
+    internet = peewee.BooleanField(default=False)
+    enabled = peewee.BooleanField(default=True)
+    made = _text()  # hash of the configuration that it was given
+    created = _number()
+    modified = _number()
+
+
+class Dns(peewee.Model):
+    """A name that an administrator wrote down."""
+
+    network = peewee.TextField()
+    name = peewee.TextField()
+    ip = _text()
+    ip6 = _text()
+
+    class Meta:
+        primary_key = peewee.CompositeKey("network", "name")
+
+
 NOT_REMOVED = peewee.SQL("state != 'removed'")  # as text: older peewees bind values here, which no database takes
 Node.add_index(Node.index(Node.network, Node.auth, unique=True))
 Node.add_index(Node.index(Node.network, Node.name, unique=True, where=NOT_REMOVED, name="node_name"))
@@ -738,10 +787,24 @@ Node.add_index(Node.index(Node.network, Node.state))
 Node.add_index(Node.index(Node.source))
 Lease.add_index(Lease.index(Lease.network, Lease.node, Lease.released))
 AccessKey.add_index(AccessKey.index(AccessKey.network, AccessKey.name, unique=True))
+Client.add_index(Client.index(Client.network, Client.name, unique=True))
+Client.add_index(Client.index(Client.network, Client.key, unique=True))
 
-MODELS = (Meta, Network, Node, Lease, AccessKey, Revision, Gone, Observed, Joined)
-SCHEMA = 1
-MIGRATIONS: dict[int, tuple[str, ...]] = {}  # version → the statements that lead to it from the one before
+MODELS = (Meta, Network, Node, Lease, AccessKey, Revision, Gone, Observed, Joined, Client, Dns)
+SCHEMA = 2
+# version → the statements that lead to it from the one before; tables that are missing are made after them
+MIGRATIONS: dict[int, tuple[str, ...]] = {
+    2: (
+        "INSERT INTO meta (key, value) VALUES ('nameserver', '')",
+        "ALTER TABLE network ADD COLUMN client_dns TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE network ADD COLUMN names BIGINT NOT NULL DEFAULT 0",
+        *(
+            "ALTER TABLE node ADD COLUMN %s TEXT NOT NULL DEFAULT ''" % name
+            for name in ("egress", "via", "deny", "mac", "postup", "postdown")
+        ),
+        *("ALTER TABLE node ADD COLUMN %s BOOLEAN NOT NULL DEFAULT 0" % name for name in ("ingress", "relay")),
+    ),
+}
 
 # --------------------------------------------------------------------------------------------------
 # STORE
@@ -755,7 +818,7 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {}  # version → the statements that l
 # networks, and in WAL mode never waits for the other, which writes. A connection for each of the web
 # server's threads would cost more memory than all nodes together.
 
-TABLES = ("node", "lease", "access_key", "revision", "gone", "observed", "joined")  # with a column `network`
+TABLES = ("node", "lease", "access_key", "revision", "gone", "observed", "joined", "client", "dns")  # with a column `network`
 HISTORY = 4096  # words kept: how far back deltas reach
 TRIES = 20  # of a change whose preconditions another process has upset meanwhile
 DATABASE_FILE = "netmaker.db"
@@ -836,7 +899,7 @@ class NetworkBatch(Batch):
 
     def __init__(self, network: str, now: float, heard: bool = True) -> None:
         super().__init__("network", "id", network)
-        self.network = network
+        self.network, self.now = network, int(now)
         self.counter = Expression("(SELECT counter FROM network WHERE id = ?)", (network,))
         if not heard:
             return
@@ -934,14 +997,15 @@ class Store:
             )
         for version in range(found + 1, SCHEMA + 1):
             self.copy("%s.before-%d" % (self.path, version))
-            with self.writer.atomic("IMMEDIATE"):
+            with self.writer.atomic("IMMEDIATE"), self.writer.bind_ctx(MODELS):
                 for statement in MIGRATIONS[version]:
                     self._write(statement, ())
+                self.writer.create_tables(MODELS)
                 self._write("UPDATE meta SET value = ? WHERE key = ?", (str(version), "schema"))
             log.warning("the database is of schema %d now", version)
 
     def _create(self) -> None:
-        first = {"schema": str(SCHEMA), "incarnation": new_incarnation(), "networks": "", "pin": "", "urls": ""}
+        first = {"schema": str(SCHEMA), "incarnation": new_incarnation(), "networks": "", "pin": "", "urls": "", "nameserver": ""}
         with self.writer.atomic("IMMEDIATE"), self.writer.bind_ctx(MODELS):
             self.writer.create_tables(MODELS)
             for pair in first.items():
@@ -1085,6 +1149,7 @@ class NetworkState(NamedTuple):
     interval: int | None
     punch: bool
     is_local: bool
+    names: int = 0
 
     @property
     def word(self) -> str:
@@ -1125,11 +1190,45 @@ class NodeState(NamedTuple):
     own_changed: int
     since: int
     farewell: str
+    egress: str = ""
+    ingress: bool = False
+    relay: bool = False
+    via: str = ""
+    deny: str = ""
+
+
+class ClientState(NamedTuple):
+    """An enabled external client as its gateway hears of it; the fields are columns."""
+
+    id: str
+    key: str
+    ip: str
+    ip6: str
+    internet: bool
 
 
 # A change of these columns must be heard by the others, or by the node itself.
-RECORD_COLUMNS = frozenset(("name", "key", "ip", "ip6", "ips", "static", "port", "public", "at", "local", "lan", "punch"))
-OWN_COLUMNS = frozenset(("name", "ip", "ip6", "port", "keepalive", "mtu", "dns", "forwarding", "punch", "is_local"))
+RECORD_COLUMNS = frozenset(
+    ("name", "key", "ip", "ip6", "ips", "static", "port", "public", "at", "local", "lan", "punch", "egress", "ingress", "via")
+)
+OWN_COLUMNS = frozenset(
+    (
+        "name",
+        "ip",
+        "ip6",
+        "port",
+        "keepalive",
+        "mtu",
+        "dns",
+        "forwarding",
+        "punch",
+        "is_local",
+        "egress",
+        "ingress",
+        "relay",
+        "deny",
+    )
+)
 
 
 def dump(value: Any) -> bytes:
@@ -1148,7 +1247,24 @@ def seen_endpoint(node: NodeState, network: NetworkState) -> str:
     return "" if network.is_local else _endpoint(node.public, node.port)
 
 
-def record(node: NodeState, network: NetworkState) -> bytes:
+def hosts(row: Any) -> list[str]:
+    """The addresses of a node or client, as ranges."""
+    return [text + bits for text, bits in ((row.ip, "/32"), (row.ip6, "/128")) if text]
+
+
+def egress_ranges(egress: str) -> list[str]:
+    """The ranges in that column of a node."""
+    found: list[str] = json.loads(egress)["ranges"] if egress else []
+    return found
+
+
+def owned(node: NodeState, clients: Iterable[ClientState]) -> list[str]:
+    """What belongs to a node beside its own addresses. Actions see to it that nothing belongs to two."""
+    extra = node.ips.split(",") if node.ips else []
+    return [*extra, *egress_ranges(node.egress), *(text for client in clients for text in hosts(client))]
+
+
+def record(node: NodeState, network: NetworkState, clients: Iterable[ClientState] = ()) -> bytes:
     """What every node of the network hears of this one, the same bytes for all."""
     punch = network.punch and node.punch and not network.is_local
     fields = {
@@ -1157,7 +1273,8 @@ def record(node: NodeState, network: NetworkState) -> bytes:
         "key": node.key,
         "ip": node.ip,
         "ip6": node.ip6,
-        "ips": node.ips.split(",") if node.ips else "",
+        "ips": owned(node, clients),
+        "via": node.via,
         "static": _endpoint(node.static, node.port),
         "at": node.at if punch else "",
         "seen": seen_endpoint(node, network),
@@ -1167,8 +1284,8 @@ def record(node: NodeState, network: NetworkState) -> bytes:
     return dump({name: value for name, value in fields.items() if value})
 
 
-def own_settings(node: NodeState, network: NetworkState) -> dict[str, Any]:
-    """`me`: what only the node itself hears. The last four only where they are not the default."""
+def own_settings(node: NodeState, network: NetworkState, clients: Iterable[ClientState] = ()) -> dict[str, Any]:
+    """`me`: what only the node itself hears. From `dns` on only where they are not the default."""
     fields: dict[str, Any] = {
         "name": node.name,
         "ip": node.ip,
@@ -1188,7 +1305,17 @@ def own_settings(node: NodeState, network: NetworkState) -> dict[str, Any]:
         "local": (bool(network.is_local or node.is_local), False),
     }
     fields.update({name: value for name, (value, usual) in unusual.items() if value != usual})
-    return fields
+    roles: dict[str, Any] = {
+        "egress": node.egress and json.loads(node.egress),
+        "ingress": node.ingress and {"clients": [_client(each) for each in clients]},
+        "forward": bool(node.ingress or node.relay),
+        "deny": node.deny.split(",")[:-1],
+    }
+    return {**fields, **{name: value for name, value in roles.items() if value}}
+
+
+def _client(client: ClientState) -> dict[str, Any]:
+    return {name: name == "internet" or value for name, value in client._asdict().items() if value}
 
 
 def parse_word(word: str) -> tuple[int, str]:
@@ -1241,6 +1368,84 @@ def free_port(wanted: int, taken: Iterable[int]) -> int:
 
 
 # --------------------------------------------------------------------------------------------------
+# RENDER
+# --------------------------------------------------------------------------------------------------
+# Texts for others' programs. What is put in was checked at the border: none of it can end a line.
+
+
+def client_endpoint(network: Row, gateway: Row) -> str:
+    """Where a stranger finds a gateway; "" when nowhere."""
+    return _endpoint(gateway["static"] or gateway["local" if network["is_local"] else "public"], gateway["port"])
+
+
+CLIENT_CONFIG = """[Interface]
+PrivateKey = %s
+Address = %s
+DNS = %s
+MTU = %d
+
+[Peer]
+PublicKey = %s
+PresharedKey = %s
+AllowedIPs = %s
+Endpoint = %s
+PersistentKeepalive = %d
+"""
+
+
+def client_config(network: Row, gateway: Row, client: Row, routes: Iterable[str], private: str = "", preshared: str = "") -> str:
+    """The configuration of an external client, as phones and wg-quick take it; without private key its line is a comment."""
+    keepalive, mtu = (network[name] if gateway[name] is None else gateway[name] for name in ("keepalive", "mtu"))
+    allowed = ["0.0.0.0/0", "::/0"] if client["internet"] else [network["range"], network["range6"], *routes]
+    addresses = [client[column] + bits for column, bits in (("ip", "/32"), ("ip6", "/128")) if client[column]]
+    dns, reached = client["dns"] or network["client_dns"], client_endpoint(network, gateway)
+    parts = (
+        private,
+        ", ".join(addresses),
+        dns,
+        mtu,
+        gateway["key"],
+        preshared,
+        ", ".join(filter(None, allowed)),
+        reached,
+        keepalive,
+    )
+    text = CLIENT_CONFIG % parts
+    if not private:
+        text = text.replace("PrivateKey = ", "# PrivateKey = the one that this client has: it is not kept here", 1)
+    return re.sub(r"(?m)^\w+ = \n", "", text)
+
+
+def qr(text: str, kind: str) -> bytes:
+    """A text as a QR picture: png, svg, or txt for a terminal."""
+    try:
+        import segno
+    except ImportError as missing:
+        raise Busy("QR pictures need segno, which is not installed on the server: pip install segno") from missing
+    code = segno.make(text, error="l", micro=False)
+    if kind == "txt":
+        lines = io.StringIO()
+        code.terminal(lines, compact=True)
+        return lines.getvalue().encode()
+    out = io.BytesIO()
+    code.save(out, kind=kind, scale=max(3, round(220 / code.symbol_size()[0])))
+    return out.getvalue()
+
+
+def hosts_file(entries: Iterable[Row]) -> str:
+    """Names as CoreDNS' hosts plugin, dnsmasq and /etc/hosts take them."""
+    lines = ("%s %s.%s\n" % (row[kind], row["name"], row["network"]) for row in entries for kind in ("ip", "ip6") if row[kind])
+    return "# written by netmaker-lite; whatever is changed here is lost\n" + "".join(lines)
+
+
+def corefile(networks: Iterable[str]) -> str:
+    """CoreDNS' configuration, for a CoreDNS that is started in the folder of this file."""
+    zones = " ".join(networks)
+    own = zones and zones + " {\n    hosts netmaker.hosts {\n        ttl 60\n        reload 5s\n    }\n    errors\n}\n"
+    return own + ". {\n    reload 15s\n    forward . /etc/resolv.conf\n    cache 30\n    errors\n}\n"
+
+
+# --------------------------------------------------------------------------------------------------
 # MEMBERS
 # --------------------------------------------------------------------------------------------------
 # A cache of what the hot path needs. Nothing in it is believed until the network's word, read anew for
@@ -1253,12 +1458,13 @@ class Member:
     """One node in memory: its row, its keys, its record, and what is only written behind."""
 
     __slots__ = (
-        "answer_key", "box", "dirty", "epoch", "last_mac", "last_time", "mesh", "record", "request_key",
+        "answer_key", "box", "clients", "dirty", "epoch", "last_mac", "last_time", "mesh", "record", "request_key",
         "row", "seen", "sequence",
     )  # fmt: skip
 
     def __init__(self, mesh: Any, row: NodeState) -> None:
         self.mesh, self.row = mesh, row
+        self.clients: list[ClientState] = []
         self.epoch, self.sequence = row.epoch, UNKNOWN
         self.last_mac, self.last_time = "", 0.0
         self.seen, self.dirty = row.last_seen, False
@@ -1285,6 +1491,7 @@ class Mesh:
         self.gone: dict[str, int] = {}
         self.tags: dict[int, str] = {}  # of words that this network has had
         self.blobs: dict[int, bytes] = {}  # since which counter → what all nodes share of the answer
+        self.names = b""
         self.lock = threading.RLock()
 
     def renew(self, state: NetworkState) -> None:
@@ -1324,7 +1531,7 @@ class Mesh:
         return b",".join(parts)
 
     def _record(self, member: Member) -> bytes:
-        member.record = member.record or record(member.row, self.state)
+        member.record = member.record or record(member.row, self.state, member.clients)
         return member.record
 
     def _is_active(self, node: str) -> bool:
@@ -1336,11 +1543,18 @@ NODE_SELECT = composed("SELECT %s FROM node WHERE ", ", ".join(NodeState._fields
 NETWORK_SELECT = composed("SELECT %s FROM network WHERE id = ?", ", ".join(NetworkState._fields))
 
 
+NAMES = (
+    "SELECT * FROM (SELECT network, name, ip, ip6, 'node' AS kind FROM node WHERE state = 'active' UNION ALL"
+    " SELECT network, name, ip, ip6, 'client' FROM client WHERE enabled UNION ALL"
+    " SELECT network, name, ip, ip6, 'custom' FROM dns) AS named WHERE ? IN ('', network) ORDER BY network, name"
+)
+
+
 class Members:
     """All networks in memory, by network, node and look capability."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, store: Store, nameserver: str = "") -> None:
+        self.store, self.nameserver = store, nameserver
         self.meshes: dict[str, Mesh] = {}
         self.nodes: dict[str, Member] = {}
         self.looks: dict[str, Member] = {}
@@ -1374,7 +1588,17 @@ class Members:
             self.nodes[row.id] = self.looks[row.look] = mesh.members[row.id] = member
         else:
             member.renew(row)
+        member.clients = self._clients(row.id) if row.ingress else []
         return member
+
+    def _clients(self, gateway: str) -> list[ClientState]:
+        sql = composed("SELECT %s FROM client WHERE gateway = ? AND enabled = ? ORDER BY id", ", ".join(ClientState._fields))
+        return [ClientState._make(row) for row in self.store.rows(sql, (gateway, True))]
+
+    def _names(self, network: str) -> bytes:
+        """The names that no node has, as all nodes hear of them."""
+        rows = self.store.rows(NAMES, (network,))
+        return dump({name: [ip for ip in places if ip] for _, name, *places, kind in rows if kind != "node"})
 
     def reload(self, node: str) -> Member | None:
         """After a change of this process that moved no word: the node's row as it is now."""
@@ -1424,6 +1648,7 @@ class Members:
                 self._put(mesh, row)
                 mesh.log.append((row.changed, row.id))
             mesh.gone = self._gone_since(network, -1)
+            mesh.names = self._names(network)
             self.meshes[network] = mesh
 
     def _catch_up(self, mesh: Mesh) -> None:
@@ -1437,6 +1662,8 @@ class Members:
         gone = self._gone_since(network, since)
         with mesh.lock:
             mesh.renew(NetworkState._make(found))
+            if mesh.state.names > since:
+                mesh.names = self._names(network)
             mesh.gone.update(gone)
             for row in map(NodeState._make, rows):
                 self._put(mesh, row)
@@ -1481,8 +1708,11 @@ class Members:
                 parts.append(mesh.shared(-1))
             else:
                 parts += [b'"from":' + dump(have), mesh.shared(since)]
+            if row.state == ACTIVE and mesh.state.names > max(since, 0):
+                parts.append(b'"names":' + mesh.names)
             if max(row.own_changed, mesh.state.settings) > since:
-                parts.append(b'"me":' + dump(own_settings(row, mesh.state)))
+                me = own_settings(row, mesh.state, member.clients)
+                parts.append(b'"me":' + dump({**me, "nameserver": self.nameserver} if self.nameserver else me))
             return b"{" + b",".join(parts) + b"}"
 
     def dirty(self) -> list[tuple[int, int, int, int, str]]:
@@ -1600,6 +1830,10 @@ def _check_ranges(core: Core, own: Row) -> None:
             for theirs in ranges:
                 if overlap(mine, theirs):
                     raise Clash("%s overlaps %s of the network %s: take another" % (mine, theirs, other))
+    for theirs, whose in _claims(core, "").items():
+        mine = next((mine for mine in (own["range"], own["range6"]) if overlap(mine, theirs)), "")
+        if mine:
+            raise Clash("%s overlaps %s, %s: take another" % (mine, theirs, whose))
 
 
 def add_network(core: Core, name: str, values: Row) -> Row:
@@ -1650,29 +1884,33 @@ def _lease(network: str, address: str, node: str) -> Row:
 
 
 def _change_ranges(core: Core, batch: NetworkBatch, old: Row, values: Row) -> None:
-    """Readdress every node in the same transaction."""
+    """Readdress every node and external client in the same transaction."""
     stamp = core.store.meta("networks")
     batch.update("meta", {"value": batch.stamp}, "key = 'networks' AND value = ?", stamp, must=True)
     batch.when("counter = ?", old["counter"])
     states = (ACTIVE, DISABLED, EXPIRED)
     condition = (Node.network == old["id"]) & Node.state.in_(states)
     members = core.store.select(Node.select(Node.id, Node.ip, Node.ip6).where(condition))
+    clients_ = core.store.select(Client.select(Client.id, Client.ip, Client.ip6).where(Client.network == old["id"]))
+    if clients_:
+        batch.set("names = counter + 1")
     moved = {
-        column: renumber(members, column, old[ranges], values[ranges])
+        column: renumber([*members, *clients_], column, old[ranges], values[ranges])
         for column, ranges in (("ip", "range"), ("ip6", "range6"))
         if ranges in values
     }
     batch.delete("lease", "network = ?", old["id"])
     highest = 0
     ranges = [{**old, **values}[name] for name in ("range", "range6")]
-    for node in members:
+    for table, node in [*(("node", each) for each in members), *(("client", each) for each in clients_)]:
         new = {**node, **{column: places[node["id"]] for column, places in moved.items()}}
         for address in filter(None, (new["ip"], new["ip6"])):
             highest = max([highest, *(each.host(address) for each in pools(*ranges))])
             batch.insert("lease", _lease(old["id"], address, node["id"]))
         change = {"ip": new["ip"], "ip6": new["ip6"]}
-        change.update(changed=batch.counter, own_changed=batch.counter)
-        batch.update("node", change, "id = ?", node["id"])
+        if table == "node":
+            change.update(changed=batch.counter, own_changed=batch.counter)
+        batch.update(table, change, "id = ?", node["id"])
     last = min(each.last for each in pools(*ranges))
     batch.set("cursor = ?", min(highest, last) + 1)
 
@@ -1803,19 +2041,26 @@ def remove_key(core: Core, network: str, name: str) -> Row:
 def nodes(core: Core, network: str) -> list[Row]:
     name = need_network(core, network)["id"]
     found = Node.select().where((Node.network == name) & (Node.state != REMOVED))
-    return core.store.select(found.order_by(Node.name))
+    return [_with_relayed(core, row) for row in core.store.select(found.order_by(Node.name))]
 
 
 def need_node(core: Core, network: str, text: str) -> Row:
-    """A node by its id or name."""
+    """A node by its id, its name, or a MAC address that no other has."""
     name = need_network(core, network)["id"]
-    living = (Node.network == name) & (Node.state != REMOVED)
-    found = core.store.get(Node.select().where(living & (Node.id == text))) or core.store.get(
-        Node.select().where(living & (Node.name == text.lower()))
-    )
-    if found is None:
-        raise Missing("%s has no node %s: `netmaker-lite node list %s` shows which there are" % (name, text, name))
-    return found
+    living, folded = (Node.network == name) & (Node.state != REMOVED), text.lower()
+    for condition in (Node.id == text, Node.name == folded, (Node.mac == folded) & (Node.mac != "")):
+        found = core.store.select(Node.select().where(living & condition).limit(2))
+        if len(found) == 1:
+            return _with_relayed(core, found[0])
+    raise Missing("%s has no node %s: `netmaker-lite node list %s` shows which there are" % (name, text, name))
+
+
+def _with_relayed(core: Core, node: Row) -> Row:
+    """A relay with the addresses that it relays."""
+    if node["relay"]:
+        sql = "SELECT ip, ip6 FROM node WHERE network = ? AND via = ? ORDER BY name"
+        node["relayaddrs"] = [ip or ip6 for ip, ip6 in core.store.rows(sql, (node["network"], node["id"]))]
+    return node
 
 
 class Joining(NamedTuple):
@@ -1857,11 +2102,18 @@ def _move_in(core: Core, batch: NetworkBatch, network: Row, node: Row) -> Row:
         raise Clash(
             "the network has as many nodes as its limit allows (%d): raise nodelimit, or remove nodes" % network["node_limit"]
         )
+    batch.when("members < node_limit")
+    batch.set("members = members + 1")
+    return _settle(core, batch, network, node)
+
+
+def _settle(core: Core, batch: NetworkBatch, network: Row, node: Row) -> Row:
+    """Addresses for a node or external client: the wished ones, or the next."""
     ranges = pools(network["range"], network["range6"])
     held, released_ = partial(core.store.held, network["id"]), partial(core.store.released, network["id"])
     placement = place(ranges, network["cursor"], (node["ip"], node["ip6"]), held, released_)
-    batch.when("members < node_limit AND cursor = ?", network["cursor"])
-    batch.set("members = members + 1, cursor = ?", placement.cursor)
+    batch.when("cursor = ?", network["cursor"])
+    batch.set("cursor = ?", placement.cursor)
     for address in placement.addresses:
         _take(batch, network["id"], address, node["id"])
     by_version = {each.version: text for each, text in zip(ranges, placement.addresses)}
@@ -1869,16 +2121,28 @@ def _move_in(core: Core, batch: NetworkBatch, network: Row, node: Row) -> Row:
 
 
 def _check_key_free(core: Core, node: Row) -> None:
-    sql = "SELECT name FROM node WHERE network = ? AND key = ? AND state != 'removed' AND id != ?"
-    other = core.store.row(sql, (node["network"], node["key"], node["id"]))
-    if other:
-        raise Clash("the WireGuard key belongs to the node %s: make a new one" % other[0])
+    for table, living in (("node", "AND state != 'removed'"), ("client", "")):
+        sql = composed("SELECT name FROM %s WHERE network = ? AND key = ? AND id != ? %s", table, living)
+        other = core.store.row(sql, (node["network"], node["key"], node["id"]))
+        if other:
+            raise Clash("the WireGuard key belongs to the %s %s: make a new one" % (table, other[0]))
+
+
+NAMED = (
+    "(SELECT network, name, id FROM node WHERE state != 'removed' UNION ALL SELECT network, name, id FROM client"
+    " UNION ALL SELECT network, name, name FROM dns) AS named WHERE network = ? AND id != ?"
+)
 
 
 def unused_name(core: Core, network: str, wish: str, node: str = "") -> str:
-    """The wished name, or with -2, -3, … where another node of the network has it."""
-    sql = "SELECT name FROM node WHERE network = ? AND state != 'removed' AND id != ? AND name LIKE ?"
+    """The wished name, or with -2, -3, … where something else of the network has it."""
+    sql = composed("SELECT name FROM %s AND name LIKE ?", NAMED)
     return free_name(wish, (row[0] for row in core.store.rows(sql, (network, node, wish[:50] + "%"))))
+
+
+def _check_name_free(core: Core, network: str, name: str, whose: str) -> None:
+    if core.store.row(composed("SELECT 1 FROM %s AND name = ?", NAMED), (network, whose, name)):
+        raise Clash("the name %s is taken: choose another" % name)
 
 
 def _new_node(core: Core, network: Row, who: Joining) -> Row:
@@ -1936,6 +2200,7 @@ def join(core: Core, who: Joining) -> Row:
         values = _new_node(core, network, who)
         pending = not who.access_key
         batch = NetworkBatch(network["id"], core.now, heard=not pending)
+        batch.when("names = ?", network["names"])
         if pending:
             _sign_up(core, batch, network, who)
         else:
@@ -2020,7 +2285,7 @@ def remove_node(core: Core, node: Row, farewell: str = "the administrator remove
         batch = NetworkBatch(node["network"], core.now)
         if now["state"] != PENDING:
             batch.set("members = members - 1")
-        new: Row = {"state": REMOVED, "removed": core.now, "farewell": farewell, "ip": "", "ip6": ""}
+        new: Row = {"state": REMOVED, "removed": core.now, "farewell": farewell, **_without_roles(batch, now)}
         new.update(changed=batch.counter, own_changed=batch.counter, since=batch.counter)
         batch.update("node", new, "id = ? AND state = ?", now["id"], now["state"], must=True)
         free = {"node": None, "released": core.now}
@@ -2030,6 +2295,29 @@ def remove_node(core: Core, node: Row, farewell: str = "the administrator remove
 
     core.store.change(build)
     return node
+
+
+def _without_roles(batch: NetworkBatch, node: Row) -> Row:
+    """The columns of a node that has gone; its clients go too, and whom it relayed is by itself again."""
+    if node["ingress"]:
+        _drop_clients(batch, node)
+    _set_free(batch, node)
+    rest = {"deny": Expression("REPLACE(deny, ?, '')", (node["id"] + ",",)), "own_changed": batch.counter}
+    batch.update("node", rest, "network = ? AND deny LIKE ?", node["network"], "%" + node["id"] + "%")
+    return {**dict.fromkeys(("ip", "ip6", "egress", "via", "deny"), ""), "ingress": False, "relay": False}
+
+
+def _set_free(batch: NetworkBatch, relay: Row) -> None:
+    batch.update("node", {"via": "", "changed": batch.counter}, "network = ? AND via = ?", batch.network, relay["id"])
+
+
+def _drop_clients(batch: NetworkBatch, gateway: Row, client: str = "") -> None:
+    """Forget the clients of a gateway, or one of them."""
+    mine = "id IN (SELECT id FROM client WHERE gateway = ? AND ? IN ('', id))"
+    free = {"node": None, "released": batch.now}
+    batch.update("lease", free, "network = ? AND " + mine.replace("id", "node", 1), batch.network, gateway["id"], client)
+    batch.delete("client", mine, gateway["id"], client)
+    batch.set("names = counter + 1")
 
 
 def reject(core: Core, node: Row) -> Row:
@@ -2078,9 +2366,8 @@ def amend(core: Core, batch: NetworkBatch, network: Row, node: Row, values: Row)
     """The columns of a node's UPDATE for new values, checked against the others; leases go along."""
     new = dict(values)
     if "name" in values:
-        sql = "SELECT 1 FROM node WHERE network = ? AND name = ? AND state != 'removed' AND id != ?"
-        if core.store.row(sql, (node["network"], values["name"], node["id"])):
-            raise Clash("the name %s is taken: choose another" % values["name"])
+        _check_name_free(core, node["network"], values["name"], node["id"])
+        batch.when("names = ?", network["names"])
     if "key" in values:
         _check_key_free(core, {**node, **values})
     if node["state"] != PENDING:
@@ -2094,10 +2381,19 @@ def amend(core: Core, batch: NetworkBatch, network: Row, node: Row, values: Row)
 
 def _owned(core: Core, network: Row, node: Row) -> dict[str, str]:
     """The ranges that no node may claim for itself, and whose they are: the network's, and other nodes' extra ones."""
-    sql = "SELECT name, ips FROM node WHERE network = ? AND id != ? AND ips != '' AND state != 'removed'"
-    extra = core.store.rows(sql, (network["id"], node["id"]))
     own = dict.fromkeys((network["range"], network["range6"]), "the network's own range")
-    return {**own, **{text: "a range of the node " + name for name, ips in extra for text in ips.split(",")}}
+    return {**own, **_claims(core, network["id"], node["id"], "ips")}
+
+
+def _claims(core: Core, network: str, node: str = "", column: str = "") -> dict[str, str]:
+    """Ranges that nodes of a network ("": of any) have and whose they are, but for what is in a column of a node."""
+    sql = "SELECT id, name, ips, egress FROM node WHERE ? IN ('', network) AND state != 'removed' AND (ips != '' OR egress != '')"
+    found = {}
+    for id_, name, ips, egress in core.store.rows(sql, (network,)):
+        extra = [] if (id_, "ips") == (node, column) else ips.split(",")
+        extra += [] if (id_, "egress") == (node, column) else egress_ranges(egress)
+        found.update(dict.fromkeys(filter(None, extra), "a range of the node " + name))
+    return found
 
 
 def set_node(core: Core, node: Row, values: Row) -> Row:
@@ -2133,9 +2429,355 @@ def sweep(core: Core) -> None:
     for node in core.store.select(Node.select().where(lapsed)):
         remove_node(core, node, LEFT)
         forget_node(core, node["network"], node["id"])
+    if core.store.row("SELECT 1 FROM client WHERE private != '' AND keyed <= ?", (core.now - KEPT,)):
+        batch = NetworkListBatch()
+        batch.update("client", {"private": ""}, "keyed <= ?", core.now - KEPT)
+        core.store.apply(batch)
     left = (Node.state == REMOVED) & (Node.farewell == LEFT) & (Node.removed <= core.now - 86400)
     for node in core.store.select(Node.select().where(left)):
         forget_node(core, node["network"], node["id"])
+
+
+# ---- gateways
+
+Work = Callable[[Row, Row, NetworkBatch], Union[Row, None]]
+
+
+def _arrange(core: Core, node: Row, work: Work) -> Row:
+    """Change what a node is for others. `work`: (network, node, batch) to its new columns, None for nothing to do.
+
+    Nothing of the network may change meanwhile, so `work` can go by all that it reads there.
+    """
+
+    def build() -> Batch | None:
+        network = need_network(core, node["network"])
+        now = need_node(core, network["id"], node["id"])
+        batch = NetworkBatch(network["id"], core.now)
+        batch.when("counter = ?", network["counter"])
+        new = work(network, now, batch)
+        if new is None:
+            return None
+        heard = (("changed", RECORD_COLUMNS), ("own_changed", OWN_COLUMNS))
+        marks = {column: batch.counter for column, columns in heard if columns & new.keys()}
+        batch.update("node", {**new, **marks, "modified": core.now}, LIVING, now["id"], must=True)
+        return batch
+
+    core.store.change(build)
+    return need_node(core, node["network"], node["id"])
+
+
+def _fixed_places(core: Core, network: Row, gateway: Row) -> dict[str, str]:
+    """Addresses to which no route through the mesh may lead, and whose they are."""
+    hosts_ = (agent.split_url(url)[1] for url in server_urls(core))
+    found = {host: "the server's address" for host in hosts_ if ":" in host or host.replace(".", "").isdigit()}
+    for node in nodes(core, network["id"]):
+        for place in filter(None, (node["static"], node["at"], node["public"])):
+            found[split_endpoint(_endpoint(place, 1))[0]] = "the endpoint of the node " + node["name"]
+        near = node["source"] == gateway["source"] or node["lan"] == gateway["lan"] != ""
+        if node["local"] and not near:
+            found[node["local"]] = "in the LAN of the node " + node["name"]
+    return found
+
+
+def create_egress(core: Core, node: Row, ranges: Sequence[str], interface: str = "", nat: bool = True, **hooks: str) -> Row:
+    """Make a node the gateway to these ranges behind it, and to no others any more. `hooks`: postup, postdown."""
+    interface = interface and agent.check_interface(interface)
+
+    def work(network: Row, now: Row, _: NetworkBatch) -> Row:
+        taken = {row[name]: "the range of the network " + row["id"] for row in networks(core) for name in ("range", "range6")}
+        taken.update(_fixed_places(core, network, now))
+        found = check_routes(",".join(ranges), {**taken, **_claims(core, network["id"], now["id"], "egress")})
+        if not found:
+            raise Invalid("an egress gateway needs ranges, like 192.168.7.0/24")
+        egress = {"ranges": found.split(","), "interface": interface, "nat": nat}
+        return {**hooks, "egress": dump(egress).decode()}
+
+    return _arrange(core, node, work)
+
+
+def create_ingress(core: Core, node: Row) -> Row:
+    """Let external clients in at a node."""
+    return _arrange(core, node, lambda _, now, __: None if now["ingress"] else {"ingress": True})
+
+
+def create_relay(core: Core, node: Row, others: Sequence[str]) -> Row:
+    """Let a node carry the traffic of others (id, name or address), and of no others any more."""
+
+    def work(network: Row, now: Row, batch: NetworkBatch) -> Row:
+        if now["via"]:
+            raise Clash("%s is relayed itself: take it off that relay first" % now["name"])
+        _set_free(batch, now)
+        everybody = nodes(core, network["id"])
+        for text in others:
+            other = next((row for row in everybody if text and text in (row["ip"], row["ip6"])), None)
+            other = other or need_node(core, network["id"], text)
+            if other["id"] == now["id"] or other["relay"] or other["via"] not in ("", now["id"]):
+                raise Clash("%s is a relay, or has one: it cannot be relayed by %s" % (other["name"], now["name"]))
+            batch.update("node", {"via": now["id"], "changed": batch.counter}, LIVING, other["id"], must=True)
+        return {"relay": True}
+
+    return _arrange(core, node, work)
+
+
+def delete_role(core: Core, node: Row, role: str) -> Row:
+    """Make a node no egress, ingress or relay any more. The clients of an ingress go with it."""
+
+    def work(_: Row, now: Row, batch: NetworkBatch) -> Row | None:
+        if not now[role]:
+            return None
+        if role == "ingress":
+            _drop_clients(batch, now)
+        elif role == "relay":
+            _set_free(batch, now)
+        return {role: blank(Node)[role]}
+
+    return _arrange(core, node, work)
+
+
+# ---- external clients
+
+KEPT = 15 * 60  # seconds that a client's private key is kept, sealed, for its file and picture
+
+
+def clients(core: Core, network: str = "") -> list[Row]:
+    """External clients of a network ("": of all), with their gateway's endpoint, and whether their configuration is outdated."""
+    found = []
+    for owner in [need_network(core, network)] if network else networks(core):
+        routes = _routes(core, owner)
+        gateways = {node["id"]: node for node in nodes(core, owner["id"]) if node["ingress"]}
+        for row in core.store.select(Client.select().where(Client.network == owner["id"]).order_by(Client.name)):
+            gateway = gateways[row["gateway"]]
+            old = _made(owner, gateway, row, routes) != row["made"]
+            found.append({**row, "endpoint": client_endpoint(owner, gateway), "outdated": old})
+    return found
+
+
+def need_client(core: Core, network: str, text: str) -> Row:
+    """An external client by its id or name."""
+    for row in clients(core, network):
+        if text.lower() in (row["id"], row["name"]):
+            return row
+    raise Missing("%s has no client %s: `netmaker-lite client list %s` shows which there are" % (network, text, network))
+
+
+def _routes(core: Core, network: Row) -> list[str]:
+    """The ranges behind a network's egress gateways."""
+    sql = "SELECT egress FROM node WHERE network = ? AND state = 'active' AND egress != '' ORDER BY id"
+    return [text for row in core.store.rows(sql, (network["id"],)) for text in egress_ranges(*row)]
+
+
+def _made(network: Row, gateway: Row, client: Row, routes: Sequence[str]) -> str:
+    return blake2b(client_config(network, gateway, client, routes).encode(), digest_size=8).hexdigest()
+
+
+def _base64(raw: bytes) -> str:
+    return base64.b64encode(raw).decode()
+
+
+def _private(core: Core, client: Row) -> str:
+    """The private key of a client, as long as it is kept; else ""."""
+    kept = client["private"] and core.now < client["keyed"] + KEPT
+    return _base64(core.key.unseal(client["id"], client["private"])) if kept else ""
+
+
+def preshared_key(core: Core, gateway: Row, client: Row) -> str:
+    """What gateway and client share beside their keys; the gateway computes the same (docs/protocol.md)."""
+    auth = unb64(gateway["auth"])
+    key = label_key(core.key.shared(auth), "client", auth, core.key.pin, gateway["network"])
+    return _base64(blake2b((client["id"] + "\n" + client["key"]).encode(), key=key, digest_size=32).digest())
+
+
+def config_of(core: Core, client: Row) -> str:
+    """The configuration of a client as of now; with the private key as long as that is kept."""
+    network, gateway = need_network(core, client["network"]), need_node(core, client["network"], client["gateway"])
+    secrets_ = _private(core, client), preshared_key(core, gateway, client)
+    return client_config(network, gateway, client, _routes(core, network), *secrets_)
+
+
+def picture_of(core: Core, client: Row, kind: str) -> bytes:
+    """That as a QR picture: png, svg, or txt for a terminal."""
+    if not _private(core, client):
+        raise UsedUp("the private key of %s is not here any more: renew the client, or take the file" % client["name"])
+    return qr(config_of(core, client), kind)
+
+
+def _keyed(core: Core, client: str, key: str) -> Row:
+    """The columns of a key that somebody has, or of a pair made now."""
+    private = "" if key else agent.new_private()
+    sealed = private and core.key.seal(client, b64(base64.b64decode(private)))
+    return {"key": key or agent.derived_public(private), "private": sealed, "keyed": core.now}
+
+
+def _with_config(core: Core, client: Row) -> Row:
+    """A client as it is answered once: with its private key."""
+    found = need_client(core, client["network"], client["id"])
+    return {**found, "privatekey": _private(core, found), "config": config_of(core, found)}
+
+
+def add_client(core: Core, gateway: Row, values: Row) -> Row:
+    """An external client at an ingress gateway. `values`: columns name, key, dns, internet."""
+    id_, wish = secrets.token_hex(8), values.get("name", "")
+    new = {**blank(Client), **values, **_keyed(core, id_, values.get("key", "")), "id": id_, "created": core.now}
+    new.update(network=gateway["network"], gateway=gateway["id"], modified=core.now)
+
+    def work(network: Row, now: Row, batch: NetworkBatch) -> Row:
+        if not now["ingress"]:
+            words = (now["name"], network["id"], now["name"])
+            raise Clash("%s is no ingress gateway: `netmaker-lite node ingress %s %s` makes it one" % words)
+        if not client_endpoint(network, now):
+            raise Clash("nobody outside can reach %s: set its endpoint first" % now["name"])
+        _check_key_free(core, new)
+        row = {**new, "name": wish or unused_name(core, network["id"], "client")}
+        _check_name_free(core, network["id"], row["name"], id_)
+        row.update(_settle(core, batch, network, row))
+        batch.insert("client", {**row, "made": _made(network, now, row, _routes(core, network))})
+        batch.set("names = counter + 1")
+        return {"ingress": True}
+
+    _arrange(core, gateway, work)
+    return _with_config(core, new)
+
+
+def set_client(core: Core, client: Row, values: Row, given: bool = False) -> Row:
+    """Change name, enabled, dns or internet of a client. `given`: it gets the configuration that follows."""
+
+    def work(network: Row, now: Row, batch: NetworkBatch) -> Row | None:
+        old = need_client(core, network["id"], client["id"])
+        new = differences(old, values)
+        if not new:
+            return None
+        row = {**old, **new}
+        _check_key_free(core, row)
+        _check_name_free(core, network["id"], row["name"], row["id"])
+        if given:
+            new["made"] = _made(network, now, row, _routes(core, network))
+        batch.update("client", {**new, "modified": core.now}, "id = ?", row["id"], must=True)
+        batch.set("names = counter + 1")
+        return {"ingress": True}
+
+    _arrange(core, need_node(core, client["network"], client["gateway"]), work)
+    return need_client(core, client["network"], client["id"])
+
+
+def renew_client(core: Core, client: Row, key: str = "") -> Row:
+    """A new pair, or a key that somebody has, and the configuration as of now."""
+    set_client(core, client, _keyed(core, client["id"], key), given=True)
+    return _with_config(core, client)
+
+
+def remove_client(core: Core, client: Row) -> None:
+    def work(_: Row, now: Row, batch: NetworkBatch) -> Row:
+        _drop_clients(batch, now, client["id"])
+        return {"ingress": True}
+
+    _arrange(core, need_node(core, client["network"], client["gateway"]), work)
+
+
+# ---- names
+
+
+def check_host_name(text: str) -> str:
+    """Labels of letters, digits and '-' with dots between them, folded."""
+    folded = text.lower()
+    if len(folded) > 192 or not re.fullmatch(r"(?!.*[.-]\.|-|.*-$|.*[^.]{64})[a-z0-9-]+(\.[a-z0-9][a-z0-9-]*)*", folded):
+        raise Invalid("%.200r is no host name: letters, digits and '-', with dots between the parts" % text)
+    return folded
+
+
+def names(core: Core, network: str = "") -> list[Row]:
+    """The names of a network ("": of all); `kind` is node, client or custom."""
+    owner = need_network(core, network)["id"] if network else ""
+    return [dict(zip(("network", "name", "ip", "ip6", "kind"), row)) for row in core.store.rows(NAMES, (owner,))]
+
+
+def need_name(core: Core, network: str, name: str) -> Row:
+    """A name that somebody wrote down."""
+    for row in names(core, network):
+        if (row["name"], row["kind"]) == (name.lower(), "custom"):
+            return row
+    raise Missing("%s has no entry %s: `netmaker-lite dns list %s` shows which there are" % (network, name, network))
+
+
+def set_name(core: Core, network: str, name: str, values: Row | None) -> Row:
+    """Write down a name, or change what `name` is: columns name, ip, ip6; None forgets it."""
+    new: Row = {"name": name, "ip": "", "ip6": ""}
+
+    def build() -> Batch:
+        owner = need_network(core, network)
+        batch = NetworkBatch(owner["id"], core.now)
+        batch.when("counter = ?", owner["counter"])
+        batch.set("names = counter + 1")
+        if name:
+            new.update(need_name(core, network, name))
+        batch.delete("dns", "network = ? AND name = ?", owner["id"], new["name"])
+        if values is not None:
+            was = new["name"]
+            new.update(values)
+            if not new["name"] or not new["ip"] + new["ip6"]:
+                raise Invalid("an entry needs a name and an address")
+            if new["name"] != was:
+                _check_name_free(core, owner["id"], new["name"], "")
+            batch.insert("dns", {"network": owner["id"], **{column: new[column] for column in ("name", "ip", "ip6")}})
+        return batch
+
+    core.store.change(build)
+    return {**new, "network": network.lower(), "kind": "custom"}
+
+
+def write_names(core: Core) -> None:
+    """The files for CoreDNS, in the folder `dnsconfig`: those that are not yet as they should be."""
+    folder = os.path.join(core.store.folder, "dnsconfig")
+    os.makedirs(folder, mode=0o755, exist_ok=True)
+    texts = {"netmaker.hosts": hosts_file(names(core)), "Corefile": corefile(row["id"] for row in networks(core))}
+    for name, text in texts.items():
+        path = os.path.join(folder, name)
+        before = b""
+        if os.path.exists(path):
+            with open(path, "rb") as stream:
+                before = stream.read()
+        if text.encode() != before:
+            write_private(path, text.encode(), True, 0o644)
+
+
+def tell_nameserver(core: Core) -> str:
+    """The nameserver's address that agents are told; all hear of another one."""
+    address = str(core.settings["COREDNS_ADDR"]) if core.settings["DNS_MODE"] == "on" else ""
+    if address != core.store.meta("nameserver"):
+        core.store.set_meta("nameserver", address)
+        for network in networks(core):
+            batch = NetworkBatch(network["id"], core.now)
+            batch.set("settings = counter + 1")
+            core.store.apply(batch)
+    return address
+
+
+# ---- access between nodes
+
+
+def denials(core: Core, network: str) -> list[tuple[Row, Row]]:
+    """The pairs of nodes that must not know each other."""
+    found = {node["id"]: node for node in nodes(core, network)}
+    pairs = [(node, found[other]) for node in found.values() for other in node["deny"].split(",")[:-1]]
+    return [(one, other) for one, other in pairs if one["name"] < other["name"]]
+
+
+def set_denied(core: Core, one: Row, other: Row, denied: bool) -> None:
+    """Whether two nodes must not know each other: neither configures the other then."""
+    if one["id"] == other["id"]:
+        raise Invalid("a pair is of two nodes")
+
+    def work(network: Row, now: Row, batch: NetworkBatch) -> Row | None:
+        peer = need_node(core, network["id"], other["id"])
+        if (peer["id"] in now["deny"]) == denied:
+            return None
+        of_one, of_other = (
+            {"deny": node["deny"].replace(far["id"] + ",", "") + (far["id"] + "," if denied else "")}
+            for node, far in ((now, peer), (peer, now))
+        )
+        batch.update("node", {**of_other, "own_changed": batch.counter}, LIVING, peer["id"], must=True)
+        return of_one
+
+    _arrange(core, one, work)
 
 
 # ---- the whole
@@ -2289,14 +2931,18 @@ def restore(settings: Settings, path: str) -> Restored:
 COUNTED = "state IN ('active', 'disabled', 'expired')"
 CHECKS = {
     **{
-        "%s without a lease" % column: composed(
-            "SELECT name, network FROM node WHERE %s AND %s != '' AND NOT EXISTS (SELECT 1 FROM lease"
-            " WHERE lease.network = node.network AND address = %s AND lease.node = id)", COUNTED, column, column
+        "%s of a %s without a lease" % (column, table): composed(
+            "SELECT name, network FROM %s AS one WHERE %s AND %s != '' AND NOT EXISTS (SELECT 1 FROM lease"
+            " WHERE lease.network = one.network AND address = %s AND lease.node = id)", table, living, column, column
         )
         for column in ("ip", "ip6")
+        for table, living in (("node", COUNTED), ("client", "gateway IN (SELECT id FROM node WHERE ingress)"))
     },
+    "client without its gateway": "SELECT name, network FROM client WHERE gateway NOT IN (SELECT id FROM node WHERE ingress)",
+    "node relayed by none": "SELECT name, network FROM node WHERE via != '' AND via NOT IN (SELECT id FROM node WHERE relay)",
     "lease without a node": "SELECT address, network FROM lease WHERE node IS NOT NULL AND NOT EXISTS"
-    " (SELECT 1 FROM node WHERE id = lease.node AND address IN (ip, ip6))",
+    " (SELECT 1 FROM node WHERE id = lease.node AND address IN (ip, ip6))"
+    " AND NOT EXISTS (SELECT 1 FROM client WHERE id = lease.node AND address IN (ip, ip6))",
     "address held twice": composed(
         "SELECT ip, network FROM node WHERE ip != '' AND %s GROUP BY network, ip HAVING COUNT(*) > 1", COUNTED
     ),
