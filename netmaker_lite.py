@@ -73,6 +73,7 @@ import socketserver
 import sqlite3
 import threading
 import time
+from contextlib import ExitStack
 from functools import lru_cache, partial
 from hashlib import blake2b
 from types import MappingProxyType
@@ -211,6 +212,7 @@ SETTINGS = (
     Setting("NETMAKER_DATA", "/var/lib/netmaker-lite", "the data folder"),
     Setting("SERVER_BIND", "0.0.0.0", "address to listen on; :: for IPv6 and IPv4"),  # noqa: S104
     Setting("API_PORT", "8081", "port to listen on", Whole(1, 65535)),
+    Setting("GRPC_PORT", "0", "a second port with the same API (none)", Whole(0, 65535)),
     Setting("SERVER_HOST", "", "name or address that tokens carry (default: the default route's)", check_host),
     Setting("SERVER_API_CONN_STRING", "", "HOST:PORT or URL for tokens instead, comma-separated", check_urls),
     Setting("SERVER_BACKEND", "waitress", "waitress, gevent or wsgiref", one_of("waitress", "gevent", "wsgiref")),
@@ -226,6 +228,10 @@ SETTINGS = (
     Setting("AGENT_BACKEND", "on", "the agents' half of the API", one_of("on", "off")),
     Setting("AUDIT_DAYS", "90", "days that the audit log reaches back", Whole(1, 36500)),
     Setting("VERBOSITY", "1", "0 errors, 1 warnings, 2 events, 3 everything", Whole(0, 3)),
+)
+OLD_SETTINGS = (  # of the original; taken, and of no meaning here
+    *("SERVER_HTTP_HOST", "SERVER_GRPC_HOST", "SERVER_GRPC_CONN_STRING", "GRPC_SSL", "DISABLE_DEFAULT_NET", "IS_SPLIT_DNS"),
+    *("DISPLAY_KEYS", "DISABLE_REMOTE_IP_CHECK", "SERVER_CHECKIN_INTERVAL", "DNS_KEY", "NETMAKER_ENV", "POD_IP", "RCE"),
 )
 SETTING_NAMES = frozenset(each.name for each in SETTINGS)
 SETTINGS_FILE = "netmaker.env"
@@ -252,7 +258,7 @@ def read_settings_file(path: str, doubts: list[str]) -> dict[str, str]:
         found[name] = value.strip().strip("'\"")
         if not equals:
             doubts.append("%s, line %d: %r is not NAME=value" % (path, number, line.split()[0]))
-        elif name not in SETTING_NAMES:
+        elif name not in SETTING_NAMES and name not in OLD_SETTINGS:
             doubts.append("%s, line %d: there is no setting %s" % (path, number, name))
     return found
 
@@ -266,6 +272,7 @@ class Settings:
         self.doubts: list[str] = []  # what the file says in vain
         read = read_settings_file(os.path.join(self.data, SETTINGS_FILE), self.doubts)
         found = {**read, **given, "NETMAKER_DATA": self.data}
+        self.doubts += ["%s is of Netmaker's and changes nothing here" % name for name in OLD_SETTINGS if name in found]
         self._values: dict[str, Any] = {}
         for setting in SETTINGS:
             text = found.get(setting.name, setting.default)
@@ -3820,7 +3827,8 @@ def parse_fields(given: Mapping[str, Any], fields: Sequence[Field], shown: Mappi
         name = member.lower()
         field = known.get(name)
         if field is None:
-            raise Invalid("there is no field %.40r here: there is %s" % (member, ", ".join(sorted(known))))
+            names = ", ".join(sorted(each.name for each in fields if each.check))
+            raise Invalid("there is no field %.40r here: there is %s" % (member, names))
         if field.check is None or value is None or (name in shown and shown[name] == value):
             continue
         try:
@@ -3876,6 +3884,13 @@ def node_columns(values: Row, node: Row, insisted: bool = False) -> Row:
 
 CALLER = "netmaker.caller"  # in the WSGI environment: who calls in this process; no header can be called that
 PER_PAGE = 1000
+CROSS_ORIGIN = {
+    "Access-Control-Allow-Methods": "GET, POST, PUT, DELETE",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type",
+    "Access-Control-Expose-Headers": "X-Total-Count",
+    "Access-Control-Max-Age": "600",
+    "Vary": "Origin",
+}
 
 
 class Call(NamedTuple):
@@ -3907,7 +3922,7 @@ class Message(NamedTuple):
 
 
 class Route(NamedTuple):
-    """One route: method, path, who may, what answers, the fields of its body, the kind of its answer, what nobody hears.
+    """One route: method, path, who may, what answers, the fields of its body, the kind of its answer, what a stranger hears.
 
     `gives` is the name of an object of SCHEMAS, "[name]" for a list of them, or "" where the handler writes the answer itself.
     """
@@ -3986,6 +4001,8 @@ class Web:
 
     def caller(self, route: Route, path: Mapping[str, str]) -> Caller:
         """Who asks; a sentence where the route's role is not his."""
+        if route.role == "nobody":
+            raise Denied(route.refusal)
         environ = bottle.request.environ
         found: Caller | None = environ.get(CALLER)
         kind, _, bearer = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
@@ -4053,16 +4070,16 @@ class Web:
         name = re.sub(r":\d+$", "", host).strip("[]")
         return not through and is_loopback(peer) and (name == "localhost" or is_loopback(name))
 
-    def cross_origin(self) -> None:
+    def cross_origin(self) -> dict[str, str]:
         """What a browser wants to hear before a page from elsewhere may call this."""
         origin = bottle.request.get_header("Origin", "")
-        if origin and ("*" in self.origins or origin in self.origins):
-            bottle.response.set_header("Access-Control-Allow-Origin", "*" if "*" in self.origins else origin)
-            bottle.response.set_header("Vary", "Origin")
-            bottle.response.set_header("Access-Control-Allow-Methods", "GET, POST, PUT, DELETE")
-            bottle.response.set_header("Access-Control-Allow-Headers", "Authorization, Content-Type")
-            bottle.response.set_header("Access-Control-Expose-Headers", "X-Total-Count")
-            bottle.response.set_header("Access-Control-Max-Age", "600")
+        if not origin or not {"*", origin}.intersection(self.origins):
+            return {}
+        return {**CROSS_ORIGIN, "Access-Control-Allow-Origin": "*" if "*" in self.origins else origin}
+
+    def preflight(self) -> None:
+        if bottle.request.method == "OPTIONS":
+            raise bottle.HTTPResponse(status=204, headers=self.cross_origin())
 
     # ---- the agents' half, files, and what anybody may ask
 
@@ -4520,8 +4537,7 @@ def operation(route: Route) -> Row:
         found["requestBody"] = {"content": {"application/json": {"schema": body_schema(route.takes)}}}
     if route.role in (USER, MINE, SELF, ADMIN):
         found["security"] = [{"bearer": []}]
-    for number, what in PROBLEMS.items():
-        found["responses"][str(number)] = {"description": what, "content": {"application/json": {"schema": MESSAGE}}}
+    found["responses"].update({str(number): {"$ref": "#/components/responses/%d" % number} for number in PROBLEMS})
     return found
 
 
@@ -4535,8 +4551,9 @@ def openapi_of(routes: Iterable[Route]) -> Row:
         for name, fields in SCHEMAS.items()
     }
     about = {"title": "netmaker-lite", "version": __version__, "license": {"name": "Apache-2.0"}}
-    secured = {"schemas": schemas, "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}}
-    return {"openapi": "3.1.0", "info": about, "paths": paths, "components": secured}
+    errors = {str(n): {"description": what, "content": {"application/json": {"schema": MESSAGE}}} for n, what in PROBLEMS.items()}
+    parts = {"schemas": schemas, "responses": errors, "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}}
+    return {"openapi": "3.1.0", "info": about, "paths": paths, "components": parts}
 
 
 def json_error(code: int, sentence: str) -> bytes:
@@ -4572,8 +4589,8 @@ def make_app(agents: Agents) -> Any:
         if half == "on" or (route.role == "anyone" and not route.gives):
             app.route(route.path, route.method, expected_failures(web.handler(route)), role=route.role)
     web.openapi = openapi_of(ROUTES)
-    app.route("/<path:path>", "OPTIONS", lambda path: web.send(Reply(204), ""))
-    app.add_hook("after_request", web.cross_origin)
+    app.add_hook("before_request", web.preflight)
+    app.add_hook("after_request", lambda: bottle.response.headers.update(web.cross_origin()))
 
     def unexpected(problem: Any) -> str:
         problem.content_type = "application/json"
@@ -4626,12 +4643,27 @@ class _Threading(socketserver.ThreadingMixIn):
     daemon_threads = True
 
 
-def waitress_server(app: Any, sock: socket.socket, polls: int) -> Any:
+def waitress_server(app: Any, socks: Sequence[socket.socket], polls: int) -> Any:
+    import waitress.channel
     import waitress.server
+    import waitress.task
 
+    class Refusal(waitress.task.ErrorTask):  # type: ignore[misc]
+        """What waitress refuses by itself, in our form."""
+
+        def execute(self) -> None:
+            problem = self.request.error
+            body = json_error(problem.code, "%s: %s" % (problem.reason, problem.body))
+            self.status = "%d %s" % (problem.code, problem.reason)
+            self.response_headers += [("Content-Type", "application/json"), ("Connection", "close")]
+            self.close_on_finish = True
+            self.content_length = len(body)
+            self.write(body)
+
+    waitress.channel.HTTPChannel.error_task_class = Refusal
     return waitress.server.create_server(
         app,
-        sockets=[sock],
+        sockets=list(socks),
         threads=polls + 8,  # parked polls can take no more than their part
         connection_limit=polls + 1000,
         asyncore_use_poll=True,  # select() ends at descriptor 1023
@@ -4643,18 +4675,24 @@ def waitress_server(app: Any, sock: socket.socket, polls: int) -> Any:
     )
 
 
-def run_waitress(app: Any, sock: socket.socket, polls: int) -> None:
-    waitress_server(app, sock, polls).run()
+def run_waitress(app: Any, socks: Sequence[socket.socket], polls: int) -> None:
+    waitress_server(app, socks, polls).run()
 
 
-def run_gevent(app: Any, sock: socket.socket, polls: int) -> None:
+def run_gevent(app: Any, socks: Sequence[socket.socket], polls: int) -> None:
     import gevent.pywsgi
 
-    gevent.pywsgi.WSGIServer(sock, app, log=None).serve_forever()
+    first, *others = (gevent.pywsgi.WSGIServer(sock, app, log=None) for sock in socks)
+    for other in others:
+        other.start()
+    first.serve_forever()
 
 
-def run_wsgiref(app: Any, sock: socket.socket, polls: int) -> None:
+def run_wsgiref(app: Any, socks: Sequence[socket.socket], polls: int) -> None:
     """The standard library's server with a thread for each request."""
+    for sock in socks[1:]:
+        threading.Thread(target=run_wsgiref, args=(app, [sock], polls), daemon=True).start()
+    sock = socks[0]
     from wsgiref.simple_server import ServerHandler, WSGIRequestHandler, WSGIServer
 
     class Quiet(WSGIRequestHandler):
@@ -4680,7 +4718,7 @@ def run_wsgiref(app: Any, sock: socket.socket, polls: int) -> None:
 BACKENDS = {"waitress": run_waitress, "gevent": run_gevent, "wsgiref": run_wsgiref}
 
 
-def backend(settings: Settings) -> Callable[[Any, socket.socket, int], None]:
+def backend(settings: Settings) -> Callable[[Any, Sequence[socket.socket], int], None]:
     """The web server to run on: the one that is asked for, or what there is instead, with a word."""
     name = settings["SERVER_BACKEND"]
     if name == "gevent" and "gevent.monkey" not in sys.modules:
@@ -4722,7 +4760,8 @@ class Housekeeping:
         rounds = 0
         while not self.stopped.wait(HOUSEKEEPING):
             rounds += 1
-            for task in (self.agents.flush, self.agents.settle_due, partial(sweep, self.agents.core)):
+            core = self.agents.core
+            for task in (self.agents.flush, self.agents.settle_due, partial(sweep, core), partial(forget_audit, core)):
                 try:
                     task()
                 except Exception as problem:  # whatever it is, the next round is needed
@@ -4757,25 +4796,30 @@ def serve(settings: Settings, out: Callable[[str], None], new_key: bool = False)
     try:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-        with listener(settings["SERVER_BIND"], settings["API_PORT"]) as sock:
+        with ExitStack() as open_:
+            ports = dict.fromkeys(filter(None, (settings["API_PORT"], settings["GRPC_PORT"])))
+            socks = [open_.enter_context(listener(settings["SERVER_BIND"], port)) for port in ports]
             if new_key:
                 out("a new key; access keys that the old one sealed, removed: %d" % give_up_key(settings))
-            _serve(open_core(settings), sock, run, out)
+            _serve(open_core(settings), socks, run, out)
     finally:
         os.close(held)
 
 
-def _serve(core: Core, sock: socket.socket, run: Callable[..., None], out: Callable[[str], None]) -> None:
+def _serve(core: Core, socks: Sequence[socket.socket], run: Callable[..., None], out: Callable[[str], None]) -> None:
     core.store.set_meta("urls", " ".join(own_urls(core.settings)))
     agents = Agents(core, Sight(core.settings))
     keeper = Housekeeping(agents)
     signal.signal(signal.SIGTERM, _terminate)
-    out("listening on %s" % endpoint(*sock.getsockname()[:2]))
+    out("listening on %s" % " and ".join(endpoint(*sock.getsockname()[:2]) for sock in socks))
     out("agents reach it at %s" % core.store.meta("urls"))
     out("its key (pin): %s" % b64(core.key.pin))
+    code = new_setup_code(core)
+    if code:
+        out("no administrator yet; the setup code for the first one: %s" % code)
     keeper.start()
     try:
-        run(make_app(agents), sock, core.settings["POLL_LIMIT"])
+        run(make_app(agents), socks, core.settings["POLL_LIMIT"])
     except (KeyboardInterrupt, SystemExit):
         pass
     finally:

@@ -7,10 +7,11 @@ import http.client
 import json
 from typing import Any, Mapping, NamedTuple
 
-import netmaker_lite as server
 from serverkit import Server
 
-PASSWORD = "correct horse battery"  # noqa: S105
+import netmaker_lite as server
+
+PASSWORD = "correct horse battery"
 
 
 class Said(NamedTuple):
