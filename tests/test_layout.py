@@ -103,10 +103,10 @@ RULES = {
         },
         writes={"TOKENS": EVERYWHERE, "STORE": EVERYWHERE, "ACTIONS": EVERYWHERE, "SERVE": EVERYWHERE},
         changes=("TOKENS", "STORE", "ACTIONS", "SERVE", "CLI"),
-        pure=("ERRORS", "ADDRESSES", "MESH"),
+        pure=("ERRORS", "ADDRESSES", "MESH", "RENDER"),
         imports=(
             *LIGHT,
-            *("bisect", "collections", "functools", "heapq", "itertools", "logging", "random", "resource", "secrets"),
+            *("bisect", "collections", "functools", "heapq", "io", "itertools", "logging", "random", "resource", "secrets"),
             *(
                 "socketserver",
                 "sqlite3",
