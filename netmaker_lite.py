@@ -837,7 +837,7 @@ class Client(peewee.Model):
     keyed = _number()
     ip = _text()
     ip6 = _text()
-    dns = _text()
+    resolver = _text()  # the nameservers in its configuration
     internet = peewee.BooleanField(default=False)
     enabled = peewee.BooleanField(default=True)
     made = _text()  # hash of the configuration that it was given
@@ -1521,7 +1521,7 @@ def client_config(network: Row, gateway: Row, client: Row, routes: Iterable[str]
     keepalive, mtu = (network[name] if gateway[name] is None else gateway[name] for name in ("keepalive", "mtu"))
     allowed = ["0.0.0.0/0", "::/0"] if client["internet"] else [network["range"], network["range6"], *routes]
     addresses = [client[column] + bits for column, bits in (("ip", "/32"), ("ip6", "/128")) if client[column]]
-    dns, reached = client["dns"] or network["client_dns"], client_endpoint(network, gateway)
+    dns, reached = client["resolver"] or network["client_dns"], client_endpoint(network, gateway)
     parts = (
         private,
         ", ".join(addresses),
@@ -2823,7 +2823,7 @@ def _with_config(core: Core, client: Row) -> Row:
 
 
 def add_client(core: Core, gateway: Row, values: Row) -> Row:
-    """An external client at an ingress gateway. `values`: columns name, key, dns, internet."""
+    """An external client at an ingress gateway. `values`: columns name, key, resolver, internet."""
     id_, wish = secrets.token_hex(8), values.get("name", "")
     new = {**blank(Client), **values, **_keyed(core, id_, values.get("key", "")), "id": id_, "created": core.now}
     new.update(network=gateway["network"], gateway=gateway["id"], modified=core.now)
@@ -2847,7 +2847,7 @@ def add_client(core: Core, gateway: Row, values: Row) -> Row:
 
 
 def set_client(core: Core, client: Row, values: Row, given: bool = False) -> Row:
-    """Change name, enabled, dns or internet of a client. `given`: it gets the configuration that follows."""
+    """Change name, enabled, resolver or internet of a client. `given`: it gets the configuration that follows."""
 
     def work(network: Row, now: Row, batch: NetworkBatch) -> Row | None:
         old = need_client(core, network["id"], client["id"])
@@ -4435,7 +4435,7 @@ CLIENT_FIELDS = (
     Field("address6", "ip6"),
     Field("ingressgatewayid", "gateway"),
     Field("ingressgatewayendpoint", "endpoint"),
-    Field("dns", "dns", check_addresses),
+    Field("dns", "resolver", check_addresses),
     Field("internet", "internet", YES_NO),
     Field("enabled", "enabled", YES_NO),
     Field("outdated", "outdated", None, "flag"),
