@@ -3944,7 +3944,7 @@ class Web:
         self.trusted = agents.core.settings["TRUSTED_PROXIES"]
         self.origins = agents.core.settings["CORS_ALLOWED_ORIGIN"].replace(",", " ").split()
         self.sources, self.names = Failures(10, 1 / 30), Failures(60, 1 / 10)  # of signing in
-        self.openapi: Row = {}
+        self.openapi: Callable[[], Row] = dict
         self._sources: dict[str, str] = {}
 
     def source(self) -> str:
@@ -4419,7 +4419,8 @@ GAUGES = {
 
 
 def openapi(call: Call) -> Any:
-    return call.web.openapi
+    """This API for machines; made when asked for, since it takes half a megabyte."""
+    return call.web.openapi()
 
 
 # ---- the table
@@ -4588,7 +4589,7 @@ def make_app(agents: Agents) -> Any:
         half = settings["AGENT_BACKEND" if route.role == "agent" else "REST_BACKEND"]
         if half == "on" or (route.role == "anyone" and not route.gives):
             app.route(route.path, route.method, expected_failures(web.handler(route)), role=route.role)
-    web.openapi = openapi_of(ROUTES)
+    web.openapi = partial(openapi_of, ROUTES)
     app.add_hook("before_request", web.preflight)
     app.add_hook("after_request", lambda: bottle.response.headers.update(web.cross_origin()))
 
