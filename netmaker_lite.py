@@ -681,6 +681,7 @@ class Network(peewee.Model):
     manual = peewee.BooleanField(default=False)
     is_local = peewee.BooleanField(default=False)
     local_range = _text()
+    hosted = peewee.BooleanField(default=False)  # the server's own host shall be a node of it
     silent = _number()  # seconds after which a node that is not heard of is removed; 0: never
     created = _number()
     modified = _number()
@@ -867,6 +868,7 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
     2: (
         "INSERT INTO meta (key, value) VALUES ('users', ''), ('setup', '')",
         "ALTER TABLE network ADD COLUMN silent BIGINT NOT NULL DEFAULT 0",
+        "ALTER TABLE network ADD COLUMN hosted BOOLEAN NOT NULL DEFAULT 0",
     ),
 }
 
@@ -4337,6 +4339,16 @@ def get_audit(call: Call) -> Any:
     return [view(row, AUDIT_FIELDS) for row in audit(call.core, call.query.get("network", ""), start)]
 
 
+def host_network(hosted: bool) -> Callable[[Call], Any]:
+    """The server's host joins or leaves a network: its agent does, the server itself starts nothing as root."""
+
+    def handler(call: Call) -> Any:
+        name = set_network(call.core, call.path["n"], {"hosted": hosted})["id"]
+        return Message("the agent of the server's host %s %s when it looks there" % ("joins" if hosted else "leaves", name))
+
+    return handler
+
+
 def get_config(call: Call) -> Any:
     """The settings under the names that the original's configuration has."""
     settings = call.core.settings
@@ -4477,6 +4489,8 @@ ROUTES = (
     Route("POST", USERS + "/<u>/tokens", SELF, new_token, TOKEN_FIELDS, "Token"),
     Route("DELETE", USERS + "/<u>/tokens/<name>", SELF, delete_token, (), "message"),
     Route("GET", "/api/audit", USER, get_audit, (), "[Audit]"),
+    Route("POST", "/api/server/addnetwork/<n>", ADMIN, host_network(True), (), "message"),
+    Route("DELETE", "/api/server/removenetwork/<n>", ADMIN, host_network(False), (), "message"),
     Route("GET", "/api/server/getconfig", USER, get_config, (), "object"),
     Route("GET", "/api/server/status", USER, status, (), "object"),
     Route("GET", "/metrics", ADMIN, metrics),
