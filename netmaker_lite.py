@@ -1250,7 +1250,7 @@ FILES_PATH = "/meshclient/files/"
 # Two lines, because OpenWrt's BusyBox drops what goes beyond 511 bytes of one. The hash proves the script, so neither http nor
 # a certificate needs to be trusted; the token goes by the environment, which other users cannot read.
 INSTALL_LINE = """KEY={token} sh -c '
-f=`mktemp`||exit;trap "rm -f $f" 0 1 2 15;u=$0{path};for g in "curl -fgkLsm60 -o" "wget -qT20{trust} -O" \
+f=`mktemp`||exit;trap "rm -f $f" 0 1 2 15;u=$0{path};for g in "curl -fgkLsm60 -o" "wget -q{trust} -O" \
 "uclient-fetch -qT20{trust} -O";do $g $f "$u"&&break;done 2>/dev/null;case `sha256sum<$f` in {hash}*)NM_SERVER=$0 sh $f "$@";;\
 *)echo "$u: no answer, or not the script of this line: check the network, or get a new line">&2;exit 1;;esac' {url}"""
 
@@ -1796,7 +1796,7 @@ def client_files() -> dict[str, bytes]:
 @lru_cache(maxsize=1)
 def _client_files(source: tuple[str, int], script: tuple[str, int]) -> dict[str, bytes]:
     """Read once, and again when a file is another: an agent updated under a running server gets its hash."""
-    files = {}
+    files: dict[str, bytes] = {}
     for name, (path, _) in {"netclient_lite.py": source, "install.sh": script}.items():
         if not path:
             log.warning("%s is not installed with this server: keys come without the line that installs the agent", name)

@@ -210,7 +210,7 @@ fetch_with() { # TOOL URL FILE
 	case $1 in
 	uclient-fetch) run uclient-fetch -q -T 20 $trust -O "$3" "$2" ;;
 	curl) run curl -fgksSL -m 120 -o "$3" "$2" ;;
-	wget) run wget -q -T 20 $trust -O "$3" "$2" ;;
+	wget) run wget -q $trust -O "$3" "$2" ;;
 	python3) run python3 -c 'import ssl, sys, urllib.request
 with urllib.request.urlopen(sys.argv[1], timeout=20, context=ssl._create_unverified_context()) as answer:
     open(sys.argv[2], "wb").write(answer.read())' "$2" "$3" ;;
