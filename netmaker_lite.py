@@ -1807,7 +1807,8 @@ def _client_files(source: tuple[str, int], script: tuple[str, int]) -> dict[str,
     return files
 
 
-def _install(url: str, token: str) -> str:
+def line_for(url: str, token: str) -> str:
+    """The line that installs and joins with a token; "" where this server has no script."""
     script = client_files().get("install.sh")
     return install_line(url, token, sha256(script).hexdigest()) if script else ""
 
@@ -1836,7 +1837,7 @@ def add_key(core: Core, network: str, name: str = "", uses: int | None = 1, life
     value = "%s.%s" % (key_id, secret)
     urls = server_urls(core)
     token = agent.make_token(agent.Token(urls, core.key.pin, owner["id"], value))
-    return {**new, "value": value, "accessstring": token, "install": _install(urls[0], token)}
+    return {**new, "value": value, "accessstring": token, "install": line_for(urls[0], token)}
 
 
 def remove_key(core: Core, network: str, name: str) -> Row:
@@ -3291,7 +3292,7 @@ def view_key(row: Row) -> Row:
     if "accessstring" in row:
         token = row["accessstring"]
         shown.update(value=row["value"], accessstring=token, join=join_command(token))
-        if row["install"]:
+        if row.get("install"):
             shown["install"] = row["install"]
     return shown
 

@@ -187,7 +187,10 @@ provide() { # NEED…: installs what they need and checks that it came
 	packages=$(packages_for "$@")
 	[ $dry = yes ] || say "installing ${packages% }"
 	# shellcheck disable=SC2086 # one word per package
-	"${manager}_add" $packages || die "$manager could not install ${packages% }: its message above tells why; then run this again"
+	if ! "${manager}_add" $packages; then
+		left=$(missing "$@")
+		die "$manager could not install ${packages% } (missing: ${left% }): its message above tells why; then run this again"
+	fi
 	[ $dry = no ] || return 0
 	installed="$installed ${packages% }"
 	left=$(missing "$@")
@@ -210,7 +213,11 @@ fetch_with() { # TOOL URL FILE
 	case $1 in
 	uclient-fetch) run uclient-fetch -q -T 20 $trust -O "$3" "$2" ;;
 	curl) run curl -fgksSL -m 120 -o "$3" "$2" ;;
-	wget) run wget -q $trust -O "$3" "$2" ;;
+	wget)
+		case $(wget --version 2>&1) in GNU*) trust="$trust -T 20 -t 1" ;; esac # it would try for hours; BusyBox' may not have -T
+		# shellcheck disable=SC2086 # one word per option
+		run wget -q $trust -O "$3" "$2"
+		;;
 	python3) run python3 -c 'import ssl, sys, urllib.request
 with urllib.request.urlopen(sys.argv[1], timeout=20, context=ssl._create_unverified_context()) as answer:
     open(sys.argv[2], "wb").write(answer.read())' "$2" "$3" ;;
@@ -218,7 +225,7 @@ with urllib.request.urlopen(sys.argv[1], timeout=20, context=ssl._create_unverif
 }
 
 fetch() { # URL FILE: with whatever is there, and with the next where one fails
-	local tool tried=''
+	local tool tried='' said
 	for tool in uclient-fetch curl wget python3; do
 		have $tool || continue
 		if [ $dry = yes ]; then
@@ -229,7 +236,8 @@ fetch() { # URL FILE: with whatever is there, and with the next where one fails
 		tried=$tool
 	done
 	[ -n "$tried" ] || die "there is no uclient-fetch, curl, wget or python3 here: install one of them"
-	die "cannot fetch $1 ($tried: $(tail -n 1 "$scratch/said")): is the server up, and reachable from this machine?"
+	said=$(tail -n 1 "$scratch/said")
+	die "cannot fetch $1 ($tried${said:+: $said}): is the server up, and reachable from this machine?"
 }
 
 fetch_agent() { # FILE
@@ -282,6 +290,19 @@ need_server() { # TOKEN
 	esac
 }
 
+shown() { # FLAGS…: prints them, without the secrets among them
+	local word secret=no
+	for word; do
+		if [ $secret = yes ]; then word=…; fi
+		secret=no
+		case $word in
+		-k | -key | --key | -priv*key | --priv*key) secret=yes ;;
+		-k=* | -key=* | --key=* | -priv*key=* | --priv*key=*) word=${word%%=*}=… ;;
+		esac
+		printf ' %s' "$word"
+	done
+}
+
 make_scratch() { # private, and gone at the end whatever happens
 	scratch=${TMPDIR:-/tmp}/netmaker-lite-install
 	[ $dry = no ] || return 0
@@ -318,14 +339,14 @@ install() { # TOKEN FLAGS OF JOIN…
 		provide $(missing wireguard)
 	fi
 	if [ $dry = yes ]; then
-		printf '%s\n' "NETCLIENT_ACCESSTOKEN=… python3 $agent join${*:+ $*}"
+		printf '%s\n' "NETCLIENT_ACCESSTOKEN=… python3 $agent join$(shown "$@")"
 		return
 	fi
 	NETCLIENT_ACCESSTOKEN=$token python3 "$agent" join "$@" || result=$?
 	if [ $result -ne 0 ]; then
 		die "the join failed, for the reason above${installed:+; the packages stay, for another try:$installed}"
 	fi
-	say "done: $HOME_OF_AGENT/netclient status shows the peers; sh install.sh --uninstall takes it away again"
+	say "done: $HOME_OF_AGENT/netclient status shows the peers; the same line with --uninstall takes all away again"
 }
 
 uninstall() {

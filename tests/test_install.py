@@ -303,13 +303,13 @@ def test_the_token_comes_in_four_ways_and_stands_on_no_command_line_of_ours(mach
 def test_a_dry_run_prints_the_commands_and_changes_nothing(machine: Machine) -> None:
     machine.have("opkg", "ip").real("wget").openwrt()
     before = sorted(machine.folder.rglob("*"))
-    done = machine.run("--dry-run", "--name", "nas")
+    done = machine.run("--dry-run", "--name", "nas", "-k", "very", "--privatekey=secret")
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert lines[0].startswith("wget -q -O ") and lines[0].endswith(f"{machine.url}/meshclient/files/netclient_lite.py")
+    assert lines[0].startswith("wget -q ") and lines[0].endswith(f"{machine.url}/meshclient/files/netclient_lite.py")
     assert lines[1].endswith("must be " + hashlib.sha256(AGENT).hexdigest())
     assert lines[2:4] == ["opkg update", f"opkg install {OPENWRT_PYTHON} wireguard-tools"]
-    assert lines[-1].startswith("NETCLIENT_ACCESSTOKEN=… python3 ") and lines[-1].endswith("join --name nas")
+    assert lines[-1].startswith("NETCLIENT_ACCESSTOKEN=… python3 ") and lines[-1].endswith("join --name nas -k … --privatekey=…")
     assert TOKEN not in done.stdout + done.stderr
     assert machine.calls == []
     assert sorted(machine.folder.rglob("*")) == before
@@ -384,7 +384,7 @@ def test_another_agent_a_portal_and_an_error_page_are_refused(machine: Machine) 
 
 def test_a_package_that_fails_is_named(machine: Machine) -> None:
     machine.have("apt-get", "python3", "ip").real("curl").failing()
-    refused(machine, "apt could not install wireguard-tools: its message above tells why")
+    refused(machine, "apt could not install wireguard-tools (missing: wg): its message above tells why")
     assert "E: Unable to locate package" in machine.run().stderr
     assert not [call for call in machine.calls if "join" in call]
 
