@@ -1333,27 +1333,13 @@ class ClientState(NamedTuple):
 
 
 # A change of these columns must be heard by the others, or by the node itself.
-RECORD_COLUMNS = frozenset(
-    ("name", "key", "ip", "ip6", "ips", "static", "port", "public", "at", "local", "lan", "punch", "egress", "ingress", "via")
-)
-OWN_COLUMNS = frozenset(
-    (
-        "name",
-        "ip",
-        "ip6",
-        "port",
-        "keepalive",
-        "mtu",
-        "dns",
-        "forwarding",
-        "punch",
-        "is_local",
-        "egress",
-        "ingress",
-        "relay",
-        "deny",
-    )
-)
+RECORD_COLUMNS = frozenset((
+    "name", "key", "ip", "ip6", "ips", "static", "port", "public", "at", "local", "lan", "punch", "egress", "ingress", "via",
+))  # fmt: skip
+OWN_COLUMNS = frozenset((
+    "name", "ip", "ip6", "port", "keepalive", "mtu", "dns", "forwarding", "punch", "is_local", "egress", "ingress", "relay",
+    "deny",
+))  # fmt: skip
 
 
 def dump(value: Any) -> bytes:
@@ -1372,21 +1358,14 @@ def seen_endpoint(node: NodeState, network: NetworkState) -> str:
     return "" if network.is_local else _endpoint(node.public, node.port)
 
 
-def hosts(row: Any) -> list[str]:
-    """The addresses of a node or client, as ranges."""
-    return [text + bits for text, bits in ((row.ip, "/32"), (row.ip6, "/128")) if text]
+def hosts(ip: str, ip6: str) -> list[str]:
+    """The addresses of a node or client as ranges."""
+    return [ip + "/32"] * bool(ip) + [ip6 + "/128"] * bool(ip6)
 
 
 def egress_ranges(egress: str) -> list[str]:
     """The ranges in that column of a node."""
-    found: list[str] = json.loads(egress)["ranges"] if egress else []
-    return found
-
-
-def owned(node: NodeState, clients: Iterable[ClientState]) -> list[str]:
-    """What belongs to a node beside its own addresses. Actions see to it that nothing belongs to two."""
-    extra = node.ips.split(",") if node.ips else []
-    return [*extra, *egress_ranges(node.egress), *(text for client in clients for text in hosts(client))]
+    return list(json.loads(egress)["ranges"]) if egress else []
 
 
 def record(node: NodeState, network: NetworkState, clients: Iterable[ClientState] = ()) -> bytes:
@@ -1398,7 +1377,11 @@ def record(node: NodeState, network: NetworkState, clients: Iterable[ClientState
         "key": node.key,
         "ip": node.ip,
         "ip6": node.ip6,
-        "ips": owned(node, clients),
+        "ips": [
+            *filter(None, node.ips.split(",")),
+            *egress_ranges(node.egress),
+            *(ip for each in clients for ip in hosts(*each[2:4])),
+        ],
         "via": node.via,
         "static": _endpoint(node.static, node.port),
         "at": node.at if punch else "",
@@ -1430,17 +1413,13 @@ def own_settings(node: NodeState, network: NetworkState, clients: Iterable[Clien
         "local": (bool(network.is_local or node.is_local), False),
     }
     fields.update({name: value for name, (value, usual) in unusual.items() if value != usual})
-    roles: dict[str, Any] = {
+    roles = {
         "egress": node.egress and json.loads(node.egress),
-        "ingress": node.ingress and {"clients": [_client(each) for each in clients]},
+        "ingress": node.ingress and {"clients": [{k: v for k, v in each._asdict().items() if v} for each in clients]},
         "forward": bool(node.ingress or node.relay),
         "deny": node.deny.split(",")[:-1],
     }
     return {**fields, **{name: value for name, value in roles.items() if value}}
-
-
-def _client(client: ClientState) -> dict[str, Any]:
-    return {name: name == "internet" or value for name, value in client._asdict().items() if value}
 
 
 def parse_word(word: str) -> tuple[int, str]:
@@ -1519,50 +1498,27 @@ def install_line(url: str, token: str, script_sha256: str) -> str:
     return INSTALL_LINE.format(token=token, path=path, trust=trust, hash=script_sha256, url=quoted)
 
 
-# Texts for others' programs. What is put in was checked at the border: none of it can end a line.
-
-
 def client_endpoint(network: Row, gateway: Row) -> str:
     """Where a stranger finds a gateway; "" when nowhere."""
     return _endpoint(gateway["static"] or gateway["local" if network["is_local"] else "public"], gateway["port"])
 
 
-CLIENT_CONFIG = """[Interface]
-PrivateKey = %s
-Address = %s
-DNS = %s
-MTU = %d
-
-[Peer]
-PublicKey = %s
-PresharedKey = %s
-AllowedIPs = %s
-Endpoint = %s
-PersistentKeepalive = %d
-"""
-
-
 def client_config(network: Row, gateway: Row, client: Row, routes: Iterable[str], private: str = "", preshared: str = "") -> str:
-    """The configuration of an external client, as phones and wg-quick take it; without private key its line is a comment."""
+    """The configuration of an external client, as phones and wg-quick take it."""
     keepalive, mtu = (network[name] if gateway[name] is None else gateway[name] for name in ("keepalive", "mtu"))
     allowed = ["0.0.0.0/0", "::/0"] if client["internet"] else [network["range"], network["range6"], *routes]
-    addresses = [client[column] + bits for column, bits in (("ip", "/32"), ("ip6", "/128")) if client[column]]
-    dns, reached = client["resolver"] or network["client_dns"], client_endpoint(network, gateway)
-    parts = (
-        private,
-        ", ".join(addresses),
-        dns,
-        mtu,
-        gateway["key"],
-        preshared,
-        ", ".join(filter(None, allowed)),
-        reached,
-        keepalive,
-    )
-    text = CLIENT_CONFIG % parts
-    if not private:
-        text = text.replace("PrivateKey = ", "# PrivateKey = the one that this client has: it is not kept here", 1)
-    return re.sub(r"(?m)^\w+ = \n", "", text)
+    lines = {
+        "[Interface]\nPrivateKey": private or "# the client's own: it is not kept here",
+        "Address": ", ".join(hosts(client["ip"], client["ip6"])),
+        "DNS": client["resolver"] or network["client_dns"],
+        "MTU": mtu,
+        "\n[Peer]\nPublicKey": gateway["key"],
+        "PresharedKey": preshared,
+        "AllowedIPs": ", ".join(filter(None, allowed)),
+        "Endpoint": client_endpoint(network, gateway),
+        "PersistentKeepalive": keepalive,
+    }
+    return "".join("%s = %s\n" % line for line in lines.items() if line[1] != "")
 
 
 def qr(text: str, kind: str) -> bytes:
@@ -1571,14 +1527,12 @@ def qr(text: str, kind: str) -> bytes:
         import segno
     except ImportError as missing:
         raise Busy("QR pictures need segno, which is not installed on the server: pip install segno") from missing
-    code = segno.make(text, error="l", micro=False)
+    code, out, text_out = segno.make(text, error="l"), io.BytesIO(), io.StringIO()
     if kind == "txt":
-        lines = io.StringIO()
-        code.terminal(lines, compact=True)
-        return lines.getvalue().encode()
-    out = io.BytesIO()
-    code.save(out, kind=kind, scale=max(3, round(220 / code.symbol_size()[0])))
-    return out.getvalue()
+        code.terminal(text_out, compact=True)
+    else:
+        code.save(out, kind=kind, scale=3)  # some 250 pixels
+    return out.getvalue() or text_out.getvalue().encode()
 
 
 def hosts_file(entries: Iterable[Row]) -> str:
@@ -1590,8 +1544,8 @@ def hosts_file(entries: Iterable[Row]) -> str:
 def corefile(networks: Iterable[str]) -> str:
     """CoreDNS' configuration, for a CoreDNS that is started in the folder of this file."""
     zones = " ".join(networks)
-    own = zones and zones + " {\n    hosts netmaker.hosts {\n        ttl 60\n        reload 5s\n    }\n    errors\n}\n"
-    return own + ". {\n    reload 15s\n    forward . /etc/resolv.conf\n    cache 30\n    errors\n}\n"
+    own = "%s {\n    hosts netmaker.hosts {\n        ttl 60\n        reload 5s\n    }\n    errors\n}\n" % zones
+    return own * bool(zones) + ". {\n    reload 15s\n    forward . /etc/resolv.conf\n    cache 30\n    errors\n}\n"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1703,7 +1657,7 @@ class Members:
     """All networks in memory, by network, node and look capability."""
 
     def __init__(self, store: Store, nameserver: str = "") -> None:
-        self.store, self.nameserver = store, nameserver
+        self.store, self.own = store, {"nameserver": nameserver} if nameserver else {}
         self.meshes: dict[str, Mesh] = {}
         self.nodes: dict[str, Member] = {}
         self.looks: dict[str, Member] = {}
@@ -1741,8 +1695,8 @@ class Members:
         return member
 
     def _clients(self, gateway: str) -> list[ClientState]:
-        sql = composed("SELECT %s FROM client WHERE gateway = ? AND enabled = ? ORDER BY id", ", ".join(ClientState._fields))
-        return [ClientState._make(row) for row in self.store.rows(sql, (gateway, True))]
+        sql = "SELECT id, key, ip, ip6, internet FROM client WHERE gateway = ? AND enabled ORDER BY id"
+        return [ClientState._make((*row[:4], bool(row[4]))) for row in self.store.rows(sql, (gateway,))]
 
     def _names(self, network: str) -> bytes:
         """The names that no node has, as all nodes hear of them."""
@@ -1860,8 +1814,7 @@ class Members:
             if row.state == ACTIVE and mesh.state.names > max(since, 0):
                 parts.append(b'"names":' + mesh.names)
             if max(row.own_changed, mesh.state.settings) > since:
-                me = own_settings(row, mesh.state, member.clients)
-                parts.append(b'"me":' + dump({**me, "nameserver": self.nameserver} if self.nameserver else me))
+                parts.append(b'"me":' + dump({**own_settings(row, mesh.state, member.clients), **self.own}))
             return b"{" + b",".join(parts) + b"}"
 
     def dirty(self) -> list[tuple[int, int, int, int, str]]:
@@ -2020,10 +1973,7 @@ def _check_ranges(core: Core, own: Row) -> None:
             for theirs in ranges:
                 if overlap(mine, theirs):
                     raise Clash("%s overlaps %s of the network %s: take another" % (mine, theirs, other))
-    for theirs, whose in _claims(core, "").items():
-        mine = next((mine for mine in (own["range"], own["range6"]) if overlap(mine, theirs)), "")
-        if mine:
-            raise Clash("%s overlaps %s, %s: take another" % (mine, theirs, whose))
+    check_routes("%(range)s %(range6)s" % own, _claims(core, ""))
 
 
 def add_network(core: Core, name: str, values: Row) -> Row:
@@ -2093,15 +2043,15 @@ def _change_ranges(core: Core, batch: NetworkBatch, old: Row, values: Row) -> No
     batch.delete("lease", "network = ?", old["id"])
     highest = 0
     ranges = [{**old, **values}[name] for name in ("range", "range6")]
-    for table, node in [*(("node", each) for each in members), *(("client", each) for each in clients_)]:
+    for node in [*members, *clients_]:
         new = {**node, **{column: places[node["id"]] for column, places in moved.items()}}
         for address in filter(None, (new["ip"], new["ip6"])):
             highest = max([highest, *(each.host(address) for each in pools(*ranges))])
             batch.insert("lease", _lease(old["id"], address, node["id"]))
         change = {"ip": new["ip"], "ip6": new["ip6"]}
-        if table == "node":
-            change.update(changed=batch.counter, own_changed=batch.counter)
-        batch.update(table, change, "id = ?", node["id"])
+        batch.update("client", change, "id = ?", node["id"])
+        change.update(changed=batch.counter, own_changed=batch.counter)
+        batch.update("node", change, "id = ?", node["id"])
     last = min(each.last for each in pools(*ranges))
     batch.set("cursor = ?", min(highest, last) + 1)
 
@@ -2349,11 +2299,11 @@ def _settle(core: Core, batch: NetworkBatch, network: Row, node: Row) -> Row:
 
 
 def _check_key_free(core: Core, node: Row) -> None:
-    for table, living in (("node", "AND state != 'removed'"), ("client", "")):
-        sql = composed("SELECT name FROM %s WHERE network = ? AND key = ? AND id != ? %s", table, living)
-        other = core.store.row(sql, (node["network"], node["key"], node["id"]))
-        if other:
-            raise Clash("the WireGuard key belongs to the %s %s: make a new one" % (table, other[0]))
+    sql = "SELECT name FROM %s WHERE network = ? AND key = ? AND id != ?"
+    sql = composed(sql + " AND state != 'removed' UNION ALL " + sql, "node", "client")
+    other = core.store.row(sql, (node["network"], node["key"], node["id"]) * 2)
+    if other:
+        raise Clash("the WireGuard key belongs to %s: make a new one" % other)
 
 
 NAMED = (
@@ -2557,7 +2507,7 @@ def _without_roles(batch: NetworkBatch, node: Row) -> Row:
     _set_free(batch, node)
     rest = {"deny": Expression("REPLACE(deny, ?, '')", (node["id"] + ",",)), "own_changed": batch.counter}
     batch.update("node", rest, "network = ? AND deny LIKE ?", node["network"], "%" + node["id"] + "%")
-    return {**dict.fromkeys(("ip", "ip6", "egress", "via", "deny"), ""), "ingress": False, "relay": False}
+    return {name: blank(Node)[name] for name in ("ip", "ip6", "egress", "via", "deny", "ingress", "relay")}
 
 
 def _set_free(batch: NetworkBatch, relay: Row) -> None:
@@ -2566,10 +2516,10 @@ def _set_free(batch: NetworkBatch, relay: Row) -> None:
 
 def _drop_clients(batch: NetworkBatch, gateway: Row, client: str = "") -> None:
     """Forget the clients of a gateway, or one of them."""
-    mine = "id IN (SELECT id FROM client WHERE gateway = ? AND ? IN ('', id))"
+    mine = "IN (SELECT id FROM client WHERE gateway = ? AND ? IN ('', id))"
     free = {"node": None, "released": batch.now}
-    batch.update("lease", free, "network = ? AND " + mine.replace("id", "node", 1), batch.network, gateway["id"], client)
-    batch.delete("client", mine, gateway["id"], client)
+    batch.update("lease", free, "network = ? AND node " + mine, batch.network, gateway["id"], client)
+    batch.delete("client", "id " + mine, gateway["id"], client)
     batch.set("names = counter + 1")
 
 
@@ -2642,10 +2592,10 @@ def _claims(core: Core, network: str, node: str = "", column: str = "") -> dict[
     """Ranges that nodes of a network ("": of any) have and whose they are, but for what is in a column of a node."""
     sql = "SELECT id, name, ips, egress FROM node WHERE ? IN ('', network) AND state != 'removed' AND (ips != '' OR egress != '')"
     found = {}
-    for id_, name, ips, egress in core.store.rows(sql, (network,)):
-        extra = [] if (id_, "ips") == (node, column) else ips.split(",")
-        extra += [] if (id_, "egress") == (node, column) else egress_ranges(egress)
-        found.update(dict.fromkeys(filter(None, extra), "a range of the node " + name))
+    for id_, name, *texts in core.store.rows(sql, (network,)):
+        ranges = {"ips": texts[0].split(","), "egress": egress_ranges(texts[1])}
+        for kind in ranges.keys() - ({column} if id_ == node else ()):
+            found.update(dict.fromkeys(filter(None, ranges[kind]), "a range of the node " + name))
     return found
 
 
@@ -2821,10 +2771,10 @@ def clients(core: Core, network: str = "") -> list[Row]:
 
 def need_client(core: Core, network: str, text: str) -> Row:
     """An external client by its id or name."""
-    for row in clients(core, network):
-        if text.lower() in (row["id"], row["name"]):
-            return row
-    raise Missing("%s has no client %s: `netmaker-lite client list %s` shows which there are" % (network, text, network))
+    found = [row for row in clients(core, network) if text.lower() in (row["id"], row["name"])]
+    if not found:
+        raise Missing("%s has no client %s: `netmaker-lite client list %s` shows which there are" % (network, text, network))
+    return found[0]
 
 
 def _routes(core: Core, network: Row) -> list[str]:
@@ -2961,10 +2911,10 @@ def names(core: Core, network: str = "") -> list[Row]:
 
 def need_name(core: Core, network: str, name: str) -> Row:
     """A name that somebody wrote down."""
-    for row in names(core, network):
-        if (row["name"], row["kind"]) == (name.lower(), "custom"):
-            return row
-    raise Missing("%s has no entry %s: `netmaker-lite dns list %s` shows which there are" % (network, name, network))
+    found = [row for row in names(core, network) if (row["name"], row["kind"]) == (name.lower(), "custom")]
+    if not found:
+        raise Missing("%s has no entry %s: `netmaker-lite dns list %s` shows which there are" % (network, name, network))
+    return found[0]
 
 
 def set_name(core: Core, network: str, name: str, values: Row | None) -> Row:
