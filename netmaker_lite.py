@@ -2740,13 +2740,11 @@ def delete_role(core: Core, node: Row, role: str) -> Row:
     """Make a node no egress, ingress or relay any more. The clients of an ingress go with it."""
 
     def work(_: Row, now: Row, batch: NetworkBatch) -> Row | None:
-        if not now[role]:
-            return None
-        if role == "ingress":
+        if now[role] and role == "ingress":
             _drop_clients(batch, now)
-        elif role == "relay":
+        if role == "relay":
             _set_free(batch, now)
-        return {role: blank(Node)[role]}
+        return {role: blank(Node)[role]} if now[role] else None
 
     return _arrange(core, node, "node %s off" % role, work)
 
@@ -2757,15 +2755,20 @@ KEPT = 15 * 60  # seconds that a client's private key is kept, sealed, for its f
 
 
 def clients(core: Core, network: str = "") -> list[Row]:
-    """External clients of a network ("": of all), with their gateway's endpoint, and whether their configuration is outdated."""
+    """External clients of a network ("": of all), each with its gateway's `endpoint`, its configuration as of now (`file`)
+    and whether that is another than it was given (`outdated`). `secret`: its private key, as long as that is kept."""
     found = []
     for owner in [need_network(core, network)] if network else networks(core):
-        routes = _routes(core, owner)
-        gateways = {node["id"]: node for node in nodes(core, owner["id"]) if node["ingress"]}
+        gateways = {node["id"]: node for node in nodes(core, owner["id"])}
+        routes = [text for node in gateways.values() if node["state"] == ACTIVE for text in egress_ranges(node["egress"])]
         for row in core.store.select(Client.select().where(Client.network == owner["id"]).order_by(Client.name)):
             gateway = gateways[row["gateway"]]
-            old = _made(owner, gateway, row, routes) != row["made"]
-            found.append({**row, "endpoint": client_endpoint(owner, gateway), "outdated": old})
+            config = partial(client_config, owner, gateway, row, routes)
+            made = blake2b(config().encode(), digest_size=8).hexdigest()
+            kept = row["private"] and core.now < row["keyed"] + KEPT
+            secret = _base64(core.key.unseal(row["id"], row["private"])) if kept else ""
+            row.update(endpoint=client_endpoint(owner, gateway), outdated=made != row["made"], made=made, secret=secret)
+            found.append({**row, "file": config(secret, preshared_key(core, gateway, row))})
     return found
 
 
@@ -2777,24 +2780,8 @@ def need_client(core: Core, network: str, text: str) -> Row:
     return found[0]
 
 
-def _routes(core: Core, network: Row) -> list[str]:
-    """The ranges behind a network's egress gateways."""
-    sql = "SELECT egress FROM node WHERE network = ? AND state = 'active' AND egress != '' ORDER BY id"
-    return [text for row in core.store.rows(sql, (network["id"],)) for text in egress_ranges(*row)]
-
-
-def _made(network: Row, gateway: Row, client: Row, routes: Sequence[str]) -> str:
-    return blake2b(client_config(network, gateway, client, routes).encode(), digest_size=8).hexdigest()
-
-
 def _base64(raw: bytes) -> str:
     return base64.b64encode(raw).decode()
-
-
-def _private(core: Core, client: Row) -> str:
-    """The private key of a client, as long as it is kept; else ""."""
-    kept = client["private"] and core.now < client["keyed"] + KEPT
-    return _base64(core.key.unseal(client["id"], client["private"])) if kept else ""
 
 
 def preshared_key(core: Core, gateway: Row, client: Row) -> str:
@@ -2804,18 +2791,11 @@ def preshared_key(core: Core, gateway: Row, client: Row) -> str:
     return _base64(blake2b((client["id"] + "\n" + client["key"]).encode(), key=key, digest_size=32).digest())
 
 
-def config_of(core: Core, client: Row) -> str:
-    """The configuration of a client as of now; with the private key as long as that is kept."""
-    network, gateway = need_network(core, client["network"]), need_node(core, client["network"], client["gateway"])
-    secrets_ = _private(core, client), preshared_key(core, gateway, client)
-    return client_config(network, gateway, client, _routes(core, network), *secrets_)
-
-
-def picture_of(core: Core, client: Row, kind: str) -> bytes:
-    """That as a QR picture: png, svg, or txt for a terminal."""
-    if not _private(core, client):
+def picture_of(client: Row, kind: str) -> bytes:
+    """The configuration of a client as a QR picture: png, svg, or txt for a terminal."""
+    if not client["secret"]:
         raise UsedUp("the private key of %s is not here any more: renew the client, or take the file" % client["name"])
-    return qr(config_of(core, client), kind)
+    return qr(client["file"], kind)
 
 
 def _keyed(core: Core, client: str, key: str) -> Row:
@@ -2825,17 +2805,19 @@ def _keyed(core: Core, client: str, key: str) -> Row:
     return {"key": key or agent.derived_public(private), "private": sealed, "keyed": core.now}
 
 
-def _with_config(core: Core, client: Row) -> Row:
-    """A client as it is answered once: with its private key."""
-    found = need_client(core, client["network"], client["id"])
-    return {**found, "privatekey": _private(core, found), "config": config_of(core, found)}
+def _given(core: Core, network: str, client: str) -> Row:
+    """A client as it is answered once, with its private key: it has the configuration as of now."""
+    row = need_client(core, network, client)
+    batch = NetworkBatch(row["network"], core.now, heard=False)
+    batch.update("client", {"made": row["made"]}, "id = ?", client)
+    core.store.apply(batch)
+    return {**row, "outdated": False, "privatekey": row["secret"], "config": row["file"]}
 
 
 def add_client(core: Core, gateway: Row, values: Row) -> Row:
     """An external client at an ingress gateway. `values`: columns name, key, resolver, internet."""
-    id_, wish = secrets.token_hex(8), values.get("name", "")
-    new = {**blank(Client), **values, **_keyed(core, id_, values.get("key", "")), "id": id_, "created": core.now}
-    new.update(network=gateway["network"], gateway=gateway["id"], modified=core.now)
+    new = {**blank(Client), **values, "id": secrets.token_hex(8), "network": gateway["network"], "gateway": gateway["id"]}
+    new.update(_keyed(core, new["id"], values.get("key", "")), created=core.now, modified=core.now)
 
     def work(network: Row, now: Row, batch: NetworkBatch) -> Row:
         if not now["ingress"]:
@@ -2843,45 +2825,42 @@ def add_client(core: Core, gateway: Row, values: Row) -> Row:
             raise Clash("%s is no ingress gateway: `netmaker-lite node ingress %s %s` makes it one" % words)
         if not client_endpoint(network, now):
             raise Clash("nobody outside can reach %s: set its endpoint first" % now["name"])
-        _check_key_free(core, new)
-        row = {**new, "name": wish or unused_name(core, network["id"], "client")}
-        _check_name_free(core, network["id"], row["name"], id_)
-        row.update(_settle(core, batch, network, row))
-        batch.insert("client", {**row, "made": _made(network, now, row, _routes(core, network))})
-        batch.set("names = counter + 1")
+        row = {**new, "name": values.get("name") or unused_name(core, network["id"], "client")}
+        _check_client(core, batch, row)
+        batch.insert("client", {**row, **_settle(core, batch, network, row)})
         return {"ingress": True}
 
-    _arrange(core, gateway, "client add", work, wish)
-    return _with_config(core, new)
+    _arrange(core, gateway, "client add", work, values.get("name", ""))
+    return _given(core, new["network"], new["id"])
 
 
-def set_client(core: Core, client: Row, values: Row, given: bool = False) -> Row:
-    """Change name, enabled, resolver or internet of a client. `given`: it gets the configuration that follows."""
+def _check_client(core: Core, batch: NetworkBatch, row: Row) -> None:
+    _check_key_free(core, row)
+    _check_name_free(core, row["network"], row["name"], row["id"])
+    batch.set("names = counter + 1")
+
+
+def set_client(core: Core, client: Row, values: Row, action: str = "client set") -> Row:
+    """Change name, enabled, resolver or internet of a client."""
 
     def work(network: Row, now: Row, batch: NetworkBatch) -> Row | None:
         old = need_client(core, network["id"], client["id"])
         new = differences(old, values)
         if not new:
             return None
-        row = {**old, **new}
-        _check_key_free(core, row)
-        _check_name_free(core, network["id"], row["name"], row["id"])
-        if given:
-            new["made"] = _made(network, now, row, _routes(core, network))
-        batch.update("client", {**new, "modified": core.now}, "id = ?", row["id"], must=True)
-        batch.set("names = counter + 1")
-        batch.note = told({**new, "private": "", "made": ""})
+        _check_client(core, batch, {**old, **new})
+        batch.update("client", {**new, "modified": core.now}, "id = ?", client["id"], must=True)
+        batch.note = told({**new, "private": ""})
         return {"ingress": True}
 
-    gateway = need_node(core, client["network"], client["gateway"])
-    _arrange(core, gateway, "client renew" if given else "client set", work, client["name"])
+    _arrange(core, need_node(core, client["network"], client["gateway"]), action, work, client["name"])
     return need_client(core, client["network"], client["id"])
 
 
 def renew_client(core: Core, client: Row, key: str = "") -> Row:
     """A new pair, or a key that somebody has, and the configuration as of now."""
-    set_client(core, client, _keyed(core, client["id"], key), given=True)
-    return _with_config(core, client)
+    set_client(core, client, _keyed(core, client["id"], key), "client renew")
+    return _given(core, client["network"], client["id"])
 
 
 def remove_client(core: Core, client: Row) -> None:
@@ -2919,29 +2898,26 @@ def need_name(core: Core, network: str, name: str) -> Row:
 
 def set_name(core: Core, network: str, name: str, values: Row | None) -> Row:
     """Write down a name, or change what `name` is: columns name, ip, ip6; None forgets it."""
-    new: Row = {"name": name, "ip": "", "ip6": ""}
+    new: Row = {}
 
     def build() -> Batch:
         owner = need_network(core, network)
         batch = NetworkBatch(owner["id"], core.now)
         batch.when("counter = ?", owner["counter"])
         batch.set("names = counter + 1")
-        if name:
-            new.update(need_name(core, network, name))
-        batch.delete("dns", "network = ? AND name = ?", owner["id"], new["name"])
+        old = need_name(core, network, name) if name else {"network": owner["id"], "name": "", "ip": "", "ip6": ""}
+        new.update({**old, **(values or {})})
+        batch.delete("dns", "network = ? AND name = ?", owner["id"], old["name"])
         if values is not None:
-            was = new["name"]
-            new.update(values)
             if not new["name"] or not new["ip"] + new["ip6"]:
                 raise Invalid("an entry needs a name and an address")
-            if new["name"] != was:
-                _check_name_free(core, owner["id"], new["name"], "")
-            batch.insert("dns", {"network": owner["id"], **{column: new[column] for column in ("name", "ip", "ip6")}})
-        batch.note = told(values or {})
+            _check_name_free(core, owner["id"], new["name"], old["name"])
+            batch.insert("dns", {column: new[column] for column in ("network", "name", "ip", "ip6")})
+            batch.note = told(values)
         return batch
 
-    core.change(build, "dns remove" if values is None else "dns set", network.lower(), name or (values or {}).get("name", ""))
-    return {**new, "network": network.lower(), "kind": "custom"}
+    core.change(build, "dns remove" if values is None else "dns set", network.lower(), name)
+    return new
 
 
 def write_names(core: Core) -> None:
@@ -2951,11 +2927,7 @@ def write_names(core: Core) -> None:
     texts = {"netmaker.hosts": hosts_file(names(core)), "Corefile": corefile(row["id"] for row in networks(core))}
     for name, text in texts.items():
         path = os.path.join(folder, name)
-        before = b""
-        if os.path.exists(path):
-            with open(path, "rb") as stream:
-                before = stream.read()
-        if text.encode() != before:
+        if agent.read_text(path) != text:
             write_private(path, text.encode(), True, 0o644)
 
 
@@ -2986,19 +2958,18 @@ def set_denied(core: Core, one: Row, other: Row, denied: bool) -> None:
     if one["id"] == other["id"]:
         raise Invalid("a pair is of two nodes")
 
-    def work(network: Row, now: Row, batch: NetworkBatch) -> Row | None:
-        peer = need_node(core, network["id"], other["id"])
-        if (peer["id"] in now["deny"]) == denied:
+    def build() -> Batch | None:
+        if (other["id"] in need_node(core, one["network"], one["id"])["deny"]) == denied:
             return None
-        of_one, of_other = (
-            {"deny": node["deny"].replace(far["id"] + ",", "") + (far["id"] + "," if denied else "")}
-            for node, far in ((now, peer), (peer, now))
-        )
-        batch.update("node", {**of_other, "own_changed": batch.counter}, LIVING, peer["id"], must=True)
-        batch.note = peer["name"]
-        return of_one
+        batch = NetworkBatch(one["network"], core.now)
+        for node, far in ((one, other), (other, one)):
+            mark = far["id"] + ","
+            rest = {"deny": Expression("REPLACE(deny, ?, '') || ?", (mark, mark * denied)), "own_changed": batch.counter}
+            batch.update("node", rest, LIVING, node["id"], must=True)
+        return batch
 
-    _arrange(core, one, "acl deny" if denied else "acl allow", work)
+    names_ = "%s %s" % (one["name"], other["name"])
+    core.change(build, "acl deny" if denied else "acl allow", one["network"], names_)
 
 
 # ---- the whole
@@ -4974,7 +4945,7 @@ def make_relay(call: Call) -> Any:
 
 
 def role_ender(role: str) -> Callable[[Call], Any]:
-    return lambda call: call.show(delete_role(call.core, call.node, role))
+    return lambda call: call.show(delete_role(call.core, call.node, role.replace("gateway", "egress")))
 
 
 def show_denial(one: Row, other: Row) -> Row:
@@ -5025,8 +4996,8 @@ def client_file(call: Call) -> Any:
     bottle.response.set_header("Cache-Control", "no-store")
     if form == "file":
         bottle.response.set_header("Content-Disposition", 'attachment; filename="%s.conf"' % row["name"])
-        return call.web.send(Reply(200, config_of(call.core, row).encode()), kinds[form])
-    return call.web.send(Reply(200, picture_of(call.core, row, form.replace("qr", "png"))), kinds[form])
+    body = row["file"].encode() if form == "file" else picture_of(row, form.replace("qr", "png"))
+    return call.web.send(Reply(200, body), kinds[form])
 
 
 def new_client(call: Call) -> Any:
@@ -5328,11 +5299,9 @@ ROUTES = (
     Route("POST", A_NODE + "/disable", MINE, node_handler(disable), (), "Node"),
     Route("POST", A_NODE + "/enable", MINE, node_handler(enable), (), "Node"),
     Route("POST", A_NODE + "/creategateway", MINE, make_egress, GATEWAY_TAKES, "Node"),
-    Route("DELETE", A_NODE + "/deletegateway", MINE, role_ender("egress"), (), "Node"),
     Route("POST", A_NODE + "/createingress", MINE, node_handler(create_ingress), (), "Node"),
-    Route("DELETE", A_NODE + "/deleteingress", MINE, role_ender("ingress"), (), "Node"),
     Route("POST", A_NODE + "/createrelay", MINE, make_relay, RELAY_TAKES, "Node"),
-    Route("DELETE", A_NODE + "/deleterelay", MINE, role_ender("relay"), (), "Node"),
+    *(Route("DELETE", A_NODE + "/delete" + way, MINE, role_ender(way), (), "Node") for way in ("gateway", "ingress", "relay")),
     Route("GET", ACLS, MINE, get_denials, (), "[Denial]"),
     Route("POST", ACLS, MINE, new_denial, DENIAL_FIELDS, "Denial"),
     Route("DELETE", ACLS + "/<node1>/<node2>", MINE, delete_denial, (), "message"),

@@ -106,7 +106,7 @@ def test_dns_and_the_internet_are_chosen(core, gateway):
     found = lines(row["config"])
     assert (found["Peer"]["AllowedIPs"], found["Interface"]["DNS"]) == ("0.0.0.0/0, ::/0", "10.20.30.1")
     row = server.set_client(core, row, {"internet": False, "resolver": "9.9.9.9, 2620:fe::fe"})
-    found = lines(server.config_of(core, row))
+    found = lines(again(core, row)["file"])
     assert (found["Peer"]["AllowedIPs"], found["Interface"]["DNS"]) == ("10.20.30.0/24", "9.9.9.9, 2620:fe::fe")
 
 
@@ -204,13 +204,13 @@ def test_the_private_key_is_kept_for_a_quarter_of_an_hour(core, gateway):
     assert row["privatekey"] not in sealed and sealed
     core.clock.now += server.KEPT - 1
     server.sweep(core)
-    assert "\nPrivateKey = " + row["privatekey"] in server.config_of(core, again(core, row))
+    assert "\nPrivateKey = " + row["privatekey"] in again(core, row)["file"]
     core.clock.now += 1
-    assert row["privatekey"] not in server.config_of(core, again(core, row))  # whether or not housekeeping came by
+    assert row["privatekey"] not in again(core, row)["file"]  # whether or not housekeeping came by
     server.sweep(core)
     assert core.store.rows("SELECT private FROM client") == [("",)]
     with pytest.raises(server.UsedUp, match="renew the client"):
-        server.picture_of(core, again(core, row), "png")
+        server.picture_of(again(core, row), "png")
 
 
 def test_renewing_makes_another_pair(core, gateway):
@@ -246,7 +246,7 @@ def test_a_picture_can_be_read(core, gateway, tmp_path):
     pytest.importorskip("segno")
     row = server.add_client(core, gateway, {"internet": True})
     picture = tmp_path / "phone.png"
-    picture.write_bytes(server.picture_of(core, row, "png"))
+    picture.write_bytes(server.picture_of(again(core, row), "png"))
     done = subprocess.run(["zbarimg", "-q", "--raw", str(picture)], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == row["config"].strip()
     width = int.from_bytes(picture.read_bytes()[16:20], "big")
@@ -256,8 +256,8 @@ def test_a_picture_can_be_read(core, gateway, tmp_path):
 def test_pictures_of_other_kinds(core, gateway):
     pytest.importorskip("segno")
     row = server.add_client(core, gateway, {})
-    assert server.picture_of(core, row, "svg").startswith(b"<?xml")
-    assert server.picture_of(core, row, "txt").decode().count("\n") > 20
+    assert server.picture_of(again(core, row), "svg").startswith(b"<?xml")
+    assert server.picture_of(again(core, row), "txt").decode().count("\n") > 20
 
 
 def test_without_segno_a_sentence(core, gateway, monkeypatch):
@@ -271,7 +271,7 @@ def test_without_segno_a_sentence(core, gateway, monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(server.Busy, match="pip install segno"):
-        server.picture_of(core, row, "png")
+        server.picture_of(again(core, row), "png")
 
 
 # ---- over HTTP

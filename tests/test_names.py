@@ -84,7 +84,7 @@ def test_what_passes_is_safe_in_a_file(text):
 
 
 def test_entries_come_change_and_go(core):
-    assert add(core, "printer") == {"name": "printer", "ip": "192.0.2.7", "ip6": "", "network": "default", "kind": "custom"}
+    assert add(core, "printer") == {"name": "printer", "ip": "192.0.2.7", "ip6": "", "network": "default"}
     assert server.set_name(core, "default", "printer", {"ip6": "fd00::7"})["ip"] == "192.0.2.7"
     server.set_name(core, "default", "printer", {"name": "scanner"})
     assert shown(core) == {"scanner": ("192.0.2.7", "fd00::7", "custom")}
