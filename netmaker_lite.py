@@ -4214,6 +4214,7 @@ class OrNothing:
 
 
 check_display = Pattern("[A-Za-z0-9_./;% ^#()!@$*-]{1,20}", "no display name: 1 to 20 letters, digits, blanks or -_./;%^#()!@$*")
+check_mac = Pattern("([0-9a-f]{2}(:[0-9a-f]{2}){5})?", "no MAC address: six pairs of hex digits with colons between them")
 check_interface = Pattern("[A-Za-z0-9][A-Za-z0-9._-]{0,14}", "no interface name: 1 to 15 letters, digits, '.', '_' or '-'")
 
 
@@ -4324,7 +4325,7 @@ def node_status(row: Row) -> str:
 
 NODE_FIELDS = (
     Field("id", "id"),
-    Field("macaddress", "id"),
+    Field("macaddress", lambda row: row["mac"] or row["id"], lambda text: check_mac(text.lower())),
     Field("name", "name", check_name),
     Field("network", "network"),
     Field("address", leased("ip"), lambda text: check_address(text, 4)),
@@ -4445,7 +4446,7 @@ KEY_TAKES = (
     *(KEY_FIELDS[0], KEY_FIELDS[2], KEY_FIELDS[3], Field("expires", "", OrNothing(check_until, None))),
     *map(Field, ("value", "accessstring")),
 )
-NEW_NODE_COLUMNS = ("name", "key", "ip", "ip6", "ips", "static", "port", "keepalive", "mtu", "expires")
+NEW_NODE_COLUMNS = ("name", "mac", "key", "ip", "ip6", "ips", "static", "port", "keepalive", "mtu", "expires")
 BOOLEANS = frozenset(
     column
     for model in (Network, Node, Client)
@@ -4534,7 +4535,14 @@ def columns(values: Row, fields: Sequence[Field], others: Mapping[str, str] = Ma
     return found
 
 
-NODE_COLUMNS = {"address": "ip", "address6": "ip6", "allowedips": "ips", "endpoint": "static", "expdatetime": "expires"}
+NODE_COLUMNS = {
+    "macaddress": "mac",
+    "address": "ip",
+    "address6": "ip6",
+    "allowedips": "ips",
+    "endpoint": "static",
+    "expdatetime": "expires",
+}
 
 
 def node_columns(values: Row, node: Row, insisted: bool = False) -> Row:

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from meshkit import allowed, heard, join, owned, owners
 from restkit import make_user
-from serverkit import Client, Clock, clients, make_core, settle
+from serverkit import Client, Clock, clients, make_core, settle, wireguard_key
 
 import netmaker_lite as server
 from netclient_lite import Invalid, parse_me, parse_record
@@ -355,3 +355,7 @@ def test_a_node_is_found_by_its_mac_address(home):
     twin.facts["mac"] = node.facts["mac"]
     twin.join(home.key())
     assert boss.call("GET", "/api/nodes/default/02:00:5e:00:53:01").status == 404
+    made = boss.good("POST", "/api/nodes/default", {"publickey": wireguard_key(), "macaddress": "02:00:5E:00:53:09"})
+    assert boss.get("/api/nodes/default/" + made["macaddress"])["id"] == made["id"]
+    assert boss.get("/api/nodes/default/" + node.node)["macaddress"] == "02:00:5e:00:53:01"
+    assert boss.good("PUT", "/api/nodes/default/" + node.node, {"macaddress": ""})["macaddress"] == node.node
