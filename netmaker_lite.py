@@ -1700,8 +1700,8 @@ class Members:
 
     def _names(self, network: str) -> bytes:
         """The names that no node has, as all nodes hear of them."""
-        rows = self.store.rows(NAMES, (network,))
-        return dump({name: [ip for ip in places if ip] for _, name, *places, kind in rows if kind != "node"})
+        rows = self.store.rows(NAMES.replace("ORDER", "AND kind != 'node' ORDER"), (network,))
+        return dump({name: [ip for ip in places if ip] for _, name, *places, _ in rows})
 
     def reload(self, node: str) -> Member | None:
         """After a change of this process that moved no word: the node's row as it is now."""
@@ -1751,7 +1751,7 @@ class Members:
                 self._put(mesh, row)
                 mesh.log.append((row.changed, row.id))
             mesh.gone = self._gone_since(network, -1)
-            mesh.names = self._names(network)
+            mesh.names = self._names(network) if mesh.state.names else b""
             self.meshes[network] = mesh
 
     def _catch_up(self, mesh: Mesh) -> None:
@@ -1938,6 +1938,7 @@ def give_up_key(settings: Settings) -> int:
         lost = len(store.rows("SELECT id FROM access_key"))
         batch = ListBatch()
         batch.delete("access_key", "id != ''")
+        batch.update("client", {"private": ""}, "private != ''")
         batch.update("meta", {"value": ""}, "key = 'pin'")
         store.apply(batch)
         return lost
@@ -2299,11 +2300,11 @@ def _settle(core: Core, batch: NetworkBatch, network: Row, node: Row) -> Row:
 
 
 def _check_key_free(core: Core, node: Row) -> None:
-    sql = "SELECT name FROM %s WHERE network = ? AND key = ? AND id != ?"
-    sql = composed(sql + " AND state != 'removed' UNION ALL " + sql, "node", "client")
+    sql = "SELECT '%s ' || name FROM %s WHERE network = ? AND key = ? AND id != ?"
+    sql = composed(sql + " AND state != 'removed' UNION ALL " + sql, "node", "node", "client", "client")
     other = core.store.row(sql, (node["network"], node["key"], node["id"]) * 2)
     if other:
-        raise Clash("the WireGuard key belongs to %s: make a new one" % other)
+        raise Clash("the WireGuard key belongs to the %s: make a new one" % other)
 
 
 NAMED = (
@@ -2516,10 +2517,9 @@ def _set_free(batch: NetworkBatch, relay: Row) -> None:
 
 def _drop_clients(batch: NetworkBatch, gateway: Row, client: str = "") -> None:
     """Forget the clients of a gateway, or one of them."""
-    mine = "IN (SELECT id FROM client WHERE gateway = ? AND ? IN ('', id))"
-    free = {"node": None, "released": batch.now}
-    batch.update("lease", free, "network = ? AND node " + mine, batch.network, gateway["id"], client)
-    batch.delete("client", "id " + mine, gateway["id"], client)
+    mine, which = "IN (SELECT id FROM client WHERE gateway = ? AND ? IN ('', id))", (gateway["id"], client)
+    batch.update("lease", {"node": None, "released": batch.now}, "node " + mine, *which)
+    batch.delete("client", "id " + mine, *which)
     batch.set("names = counter + 1")
 
 
@@ -2759,7 +2759,8 @@ def clients(core: Core, network: str = "") -> list[Row]:
     and whether that is another than it was given (`outdated`). `secret`: its private key, as long as that is kept."""
     found = []
     for owner in [need_network(core, network)] if network else networks(core):
-        gateways = {node["id"]: node for node in nodes(core, owner["id"])}
+        here = (Node.network == owner["id"]) & (Node.ingress | (Node.egress != ""))
+        gateways = {node["id"]: node for node in core.store.select(Node.select().where(here).order_by(Node.id))}
         routes = [text for node in gateways.values() if node["state"] == ACTIVE for text in egress_ranges(node["egress"])]
         for row in core.store.select(Client.select().where(Client.network == owner["id"]).order_by(Client.name)):
             gateway = gateways[row["gateway"]]
@@ -2774,10 +2775,10 @@ def clients(core: Core, network: str = "") -> list[Row]:
 
 def need_client(core: Core, network: str, text: str) -> Row:
     """An external client by its id or name."""
-    found = [row for row in clients(core, network) if text.lower() in (row["id"], row["name"])]
-    if not found:
-        raise Missing("%s has no client %s: `netmaker-lite client list %s` shows which there are" % (network, text, network))
-    return found[0]
+    for row in clients(core, network):
+        if text.lower() in (row["id"], row["name"]):
+            return row
+    raise Missing("%s has no client %s: `netmaker-lite client list %s` shows which there are" % (network, text, network))
 
 
 def _base64(raw: bytes) -> str:
@@ -2890,10 +2891,10 @@ def names(core: Core, network: str = "") -> list[Row]:
 
 def need_name(core: Core, network: str, name: str) -> Row:
     """A name that somebody wrote down."""
-    found = [row for row in names(core, network) if (row["name"], row["kind"]) == (name.lower(), "custom")]
-    if not found:
-        raise Missing("%s has no entry %s: `netmaker-lite dns list %s` shows which there are" % (network, name, network))
-    return found[0]
+    for row in names(core, network):
+        if (row["name"], row["kind"]) == (name.lower(), "custom"):
+            return row
+    raise Missing("%s has no entry %s: `netmaker-lite dns list %s` shows which there are" % (network, name, network))
 
 
 def set_name(core: Core, network: str, name: str, values: Row | None) -> Row:
@@ -4215,6 +4216,7 @@ class OrNothing:
 
 check_display = Pattern("[A-Za-z0-9_./;% ^#()!@$*-]{1,20}", "no display name: 1 to 20 letters, digits, blanks or -_./;%^#()!@$*")
 check_mac = Pattern("([0-9a-f]{2}(:[0-9a-f]{2}){5})?", "no MAC address: six pairs of hex digits with colons between them")
+check_hook = Pattern("[ -~]{0,1000}", "no line of at most 1000 plain characters")
 check_interface = Pattern("[A-Za-z0-9][A-Za-z0-9._-]{0,14}", "no interface name: 1 to 15 letters, digits, '.', '_' or '-'")
 
 
@@ -4364,17 +4366,14 @@ NODE_FIELDS = (
     Field("rejected", "rejected"),
     Field("isegressgateway", lambda row: bool(row["egress"]), None, "flag"),
     Field("egressgatewayranges", lambda row: egress_ranges(row["egress"]), None, "texts"),
-    *(
-        Field("egressgateway" + name, lambda row, name=name: json.loads(row["egress"])[name] if row["egress"] else "")  # type: ignore[misc]
-        for name in ("interface", "nat")
-    ),
+    Field("egressgatewayinterface", lambda row: json.loads(row["egress"])["interface"] if row["egress"] else ""),
+    Field("egressgatewaynat", lambda row: row["egress"] != "" and json.loads(row["egress"])["nat"], None, "flag"),
     Field("isingressgateway", "ingress"),
     Field("ingressgatewayrange", lambda row: row["ranges"] if row["ingress"] else ""),
     Field("isrelay", "relay"),
     Field("isrelayed", lambda row: bool(row["via"]), None, "flag"),
     Field("relayaddrs", lambda row: row.get("relayaddrs", []), None, "texts"),
-    Field("postup", "postup", str),
-    Field("postdown", "postdown", str),
+    *(Field(name, name, check_hook) for name in ("postup", "postdown")),
     Field("isserver", lambda row: False, None, "flag"),
     Field("saveconfig", lambda row: False, None, "flag"),
     Field("pullchanges", lambda row: False, None, "flag"),
@@ -4422,7 +4421,9 @@ CLIENT_FIELDS = (
     Field("outdated", "outdated", None, "flag"),
     Field("created", "created", None, "number"),
     Field("lastmodified", "modified", None, "number"),
-    *(Field(name, lambda row, name=name: row.get(name, "")) for name in ("privatekey", "config", "description")),  # type: ignore[misc]
+    Field("privatekey", lambda row: row.get("privatekey", "")),
+    Field("config", lambda row: row.get("config", "")),
+    Field("description", lambda row: ""),
 )
 DNS_FIELDS = (
     Field("name", "name", check_host_name),
@@ -4430,12 +4431,16 @@ DNS_FIELDS = (
     Field("address6", "ip6", OrNothing(lambda text: check_address(text, 6))),
     Field("network", "network"),
 )
-DENIAL_FIELDS = tuple(
-    Field(name, name, str if name.startswith("node") else None) for name in ("node1", "name1", "node2", "name2")
-)
+DENIAL_FIELDS = (Field("node1", "node1", str), Field("name1", "name1"), Field("node2", "node2", str), Field("name2", "name2"))
 GATEWAY_TAKES = (
-    *(Field(name, "", str) for name in ("ranges", "rangestring", "interface", "postup", "postdown")),
-    *(Field("nat", "", YES_NO), Field("nodeid"), Field("netid")),
+    *(Field(name, "", str) for name in ("ranges", "rangestring", "interface")),
+    *(
+        Field("postup", "", check_hook),
+        Field("postdown", "", check_hook),
+        Field("nat", "", YES_NO),
+        Field("nodeid"),
+        Field("netid"),
+    ),
 )
 RELAY_TAKES = (Field("relayaddrs", "", str, "texts"), *GATEWAY_TAKES[-2:])
 AUDIT_FIELDS = tuple(

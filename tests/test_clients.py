@@ -124,11 +124,11 @@ def test_a_client_may_bring_its_key(core, gateway):
     row = server.add_client(core, gateway, {"key": key, "name": "laptop"})
     assert (row["key"], row["privatekey"]) == (key, "")
     assert lines(row["config"])["Interface"]["PrivateKey"] == ""
-    with pytest.raises(server.Clash, match="belongs to laptop"):
+    with pytest.raises(server.Clash, match="belongs to the client laptop"):
         server.add_client(core, gateway, {"key": key})
-    with pytest.raises(server.Clash, match="belongs to gw"):
+    with pytest.raises(server.Clash, match="belongs to the node gw"):
         server.add_client(core, gateway, {"key": gateway["key"]})
-    with pytest.raises(server.Clash, match="belongs to laptop"):
+    with pytest.raises(server.Clash, match="belongs to the client laptop"):
         join(core, "thief", key=key)
 
 
