@@ -30,6 +30,7 @@ def heard(core: server.Core, node: str, members: server.Members | None = None) -
     member = found.node(node)
     assert member is not None and found.prove(member.mesh)
     said: dict[str, Any] = json.loads(found.answer(member, "-") or b"{}")
+    said["peers"].sort(key=lambda record: record["id"])
     return said
 
 

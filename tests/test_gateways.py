@@ -226,8 +226,10 @@ class Story:
     def __init__(self, folder):
         self.core = make_core(folder, Clock())
         server.add_network(self.core, "default", {"range": "10.20.0.0/16"})
-        for name in "abc":
-            join(self.core, name)
+        one, two, *_ = (join(self.core, name) for name in "abcd")
+        server.create_egress(self.core, one, ["172.16.0.0/24"])
+        server.add_client(self.core, server.create_ingress(self.core, one), {})
+        server.create_relay(self.core, two, ["c"])
         self.members = server.Members(self.core.store)
 
     def change(self, what, one, two):
@@ -235,6 +237,8 @@ class Story:
         if what == "join" or not rows:
             return join(core, "n")
         node, other = rows[one % len(rows)], rows[two % len(rows)]
+        gateways = [row for row in rows if row["ingress"]] or rows
+        roles = [(row, role) for row in rows for role in ("egress", "ingress", "relay") if row[role]] or [(node, "relay")]
         found = server.clients(core, "default")
         client = found[one % len(found)] if found else None
         if what == "range":
@@ -246,12 +250,12 @@ class Story:
             "extra": lambda: server.set_node(core, node, {"ips": "172.16.%d.0/24" % two}),
             "ingress": lambda: server.create_ingress(core, node),
             "relay": lambda: server.create_relay(core, node, [other["id"]]),
-            "client": lambda: server.add_client(core, node, {}),
+            "client": lambda: server.add_client(core, gateways[one % len(gateways)], {}),
             "dropclient": lambda: server.remove_client(core, client),
             "disableclient": lambda: server.set_client(core, client, {"enabled": not client["enabled"]}),
             "deny": lambda: server.set_denied(core, node, other, True),
             "allow": lambda: server.set_denied(core, node, other, False),
-            "off": lambda: server.delete_role(core, node, ("egress", "ingress", "relay")[two % 3]),
+            "off": lambda: server.delete_role(core, *roles[one % len(roles)]),
             "remove": lambda: server.remove_node(core, node),
             "disable": lambda: server.disable(core, node),
             "enable": lambda: server.enable(core, node),
@@ -270,25 +274,31 @@ def test_no_address_belongs_to_two_and_what_is_known_from_deltas_is_the_truth(tm
         except (Invalid, server.ServerError):
             continue
         assert server.check(core) == []
-    rows = [row for row in server.nodes(core, "default") if row["state"] == "active"]
-    if rows:
+        rows = [row for row in server.nodes(core, "default") if row["state"] == "active"]
         told = {row["id"]: heard(core, row["id"], members) for row in rows}
-        assert told == {row["id"]: heard(core, row["id"]) for row in rows}  # what a new process says
-        deny = {node: said["me"].get("deny", ()) for node, said in told.items()}
-        assert all(one in deny[other] for one in deny for other in deny[one] if other in deny)
-        records = told[rows[0]["id"]]["peers"]
-        for record in records:
-            parse_record(record)
-        ways = {row["id"]: allowed(row["id"], records, deny[row["id"]]) for row in rows}
-        for row in rows:
-            parse_me(told[row["id"]]["me"])
-            for text in {text for record in records for text in owned(record)}:
-                assert len(owners(ways[row["id"]], text)) <= 1, text
-        for one in rows:
-            for other in rows:
-                forth, back = (bool(owners(ways[a["id"]], b["ip"])) for a, b in ((one, other), (other, one)))
-                assert (forth and back) or one is other or denied_way(one, other, deny)
+        fresh = server.Members(core.store)  # another process, with nothing in memory
+        assert told == {row["id"]: heard(core, row["id"], fresh) for row in rows}
+        if rows:
+            check_ways(rows, told)
     core.store.close()
+
+
+def check_ways(rows, told):
+    """No address belongs to two, and all find each other but where that is denied."""
+    deny = {node: said["me"].get("deny", ()) for node, said in told.items()}
+    assert all(one in deny[other] for one in deny for other in deny[one] if other in deny)
+    records = told[rows[0]["id"]]["peers"]
+    for record in records:
+        parse_record(record)
+    ways = {row["id"]: allowed(row["id"], records, deny[row["id"]]) for row in rows}
+    texts = {text for record in records for text in owned(record)}
+    for row in rows:
+        parse_me(told[row["id"]]["me"])
+        assert all(len(owners(ways[row["id"]], text)) <= 1 for text in texts)
+    for one in rows:
+        for other in rows:
+            both = owners(ways[one["id"]], other["ip"]) and owners(ways[other["id"]], one["ip"])
+            assert both or one is other or denied_way(one, other, deny)
 
 
 def denied_way(one, other, deny):
