@@ -2947,30 +2947,36 @@ def tell_nameserver(core: Core) -> str:
 # ---- access between nodes
 
 
-def denials(core: Core, network: str) -> list[tuple[Row, Row]]:
+def _pair(one: Row, other: Row) -> Row:
+    return {"node1": one["id"], "name1": one["name"], "node2": other["id"], "name2": other["name"]}
+
+
+def denials(core: Core, network: str) -> list[Row]:
     """The pairs of nodes that must not know each other."""
     found = {node["id"]: node for node in nodes(core, network)}
     pairs = [(node, found[other]) for node in found.values() for other in node["deny"].split(",")[:-1]]
-    return [(one, other) for one, other in pairs if one["name"] < other["name"]]
+    return [_pair(one, other) for one, other in pairs if one["name"] < other["name"]]
 
 
-def set_denied(core: Core, one: Row, other: Row, denied: bool) -> None:
+def set_denied(core: Core, network: str, node1: str, node2: str, denied: bool) -> Row:
     """Whether two nodes must not know each other: neither configures the other then."""
+    one, other = need_node(core, network, node1), need_node(core, network, node2)
     if one["id"] == other["id"]:
         raise Invalid("a pair is of two nodes")
 
     def build() -> Batch | None:
-        if (other["id"] in need_node(core, one["network"], one["id"])["deny"]) == denied:
+        if (other["id"] in need_node(core, network, one["id"])["deny"]) == denied:
             return None
         batch = NetworkBatch(one["network"], core.now)
         for node, far in ((one, other), (other, one)):
             mark = far["id"] + ","
             rest = {"deny": Expression("REPLACE(deny, ?, '') || ?", (mark, mark * denied)), "own_changed": batch.counter}
             batch.update("node", rest, LIVING, node["id"], must=True)
+        batch.note = other["name"]
         return batch
 
-    names_ = "%s %s" % (one["name"], other["name"])
-    core.change(build, "acl deny" if denied else "acl allow", one["network"], names_)
+    core.change(build, "acl deny" if denied else "acl allow", one["network"], one["name"])
+    return _pair(one, other)
 
 
 # ---- the whole
@@ -4961,26 +4967,18 @@ def role_ender(role: str) -> Callable[[Call], Any]:
     return lambda call: call.show(delete_role(call.core, call.node, role.replace("gateway", "egress")))
 
 
-def show_denial(one: Row, other: Row) -> Row:
-    return {"node1": one["id"], "name1": one["name"], "node2": other["id"], "name2": other["name"]}
-
-
 def get_denials(call: Call) -> Any:
-    return [show_denial(*pair) for pair in denials(call.core, call.path["n"])]
-
-
-def _denial(call: Call, given: Mapping[str, str], denied: bool) -> Row:
-    one, other = (need_node(call.core, call.path["n"], given.get(name, "")) for name in ("node1", "node2"))
-    set_denied(call.core, one, other, denied)
-    return show_denial(one, other)
+    return denials(call.core, call.path["n"])
 
 
 def new_denial(call: Call) -> Any:
-    return _denial(call, parse_fields(call.body, DENIAL_FIELDS), True)
+    given = {"node1": "", "node2": "", **parse_fields(call.body, DENIAL_FIELDS)}
+    return set_denied(call.core, call.path["n"], **given, denied=True)
 
 
 def delete_denial(call: Call) -> Any:
-    return Message("%(name1)s and %(name2)s may know each other" % _denial(call, call.path, False))
+    pair = set_denied(call.core, call.path["n"], call.path["node1"], call.path["node2"], False)
+    return Message("%(name1)s and %(name2)s may know each other" % pair)
 
 
 # ---- external clients

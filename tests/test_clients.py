@@ -178,7 +178,8 @@ def test_a_range_change_takes_clients_along(core, gateway):
     server.set_network(core, "default", {"range": "10.99.0.0/24", "range6": "fd99::/64"})
     now = again(core, row)
     assert (now["ip"], now["outdated"]) == ("10.99.0.2", True) and now["ip6"].startswith("fd99::")
-    assert "10.99.0.2/32" in heard(core, join(core, "x")["id"])["peers"][0]["ips"]
+    records = {record["id"]: record for record in heard(core, join(core, "x")["id"])["peers"]}
+    assert records[gateway["id"]]["ips"] == ["10.99.0.2/32", now["ip6"] + "/128"]
 
 
 def test_what_goes_with_whom(core, gateway):

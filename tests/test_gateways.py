@@ -181,26 +181,26 @@ def test_relays_are_no_chains(core):
 
 def test_a_denied_pair_hears_of_it_at_both_ends(core):
     one, two, three = (join(core, name) for name in ("one", "two", "three"))
-    server.set_denied(core, one, two, True)
-    server.set_denied(core, two, one, True)
-    server.set_denied(core, one, three, True)
+    server.set_denied(core, "default", one["id"], two["id"], True)
+    server.set_denied(core, "default", two["id"], one["id"], True)
+    server.set_denied(core, "default", one["id"], three["id"], True)
     assert heard(core, one["id"])["me"]["deny"] == [two["id"], three["id"]]
     assert heard(core, two["id"])["me"]["deny"] == [one["id"]]
-    names = sorted([one["name"], other["name"]] for one, other in server.denials(core, "default"))
+    names = sorted([pair["name1"], pair["name2"]] for pair in server.denials(core, "default"))
     assert names == [["one", "three"], ["one", "two"]]
-    server.set_denied(core, two, one, False)
+    server.set_denied(core, "default", two["id"], one["id"], False)
     assert "deny" not in heard(core, two["id"])["me"] and heard(core, one["id"])["me"]["deny"] == [three["id"]]
     server.remove_node(core, three)
     assert "deny" not in heard(core, one["id"])["me"] and server.denials(core, "default") == []
     with pytest.raises(Invalid, match="two nodes"):
-        server.set_denied(core, one, one, True)
+        server.set_denied(core, "default", one["id"], one["id"], True)
 
 
 def test_others_do_not_hear_of_a_denied_pair(core):
     one, two, three = (join(core, name) for name in ("one", "two", "three"))
     members = server.Members(core.store)
     before = heard(core, three["id"], members)["word"]
-    server.set_denied(core, one, two, True)
+    server.set_denied(core, "default", one["id"], two["id"], True)
     member = members.node(three["id"])
     members.prove(member.mesh)
     assert json.loads(members.answer(member, before))["peers"] == []
@@ -253,8 +253,8 @@ class Story:
             "client": lambda: server.add_client(core, gateways[one % len(gateways)], {}),
             "dropclient": lambda: server.remove_client(core, client),
             "disableclient": lambda: server.set_client(core, client, {"enabled": not client["enabled"]}),
-            "deny": lambda: server.set_denied(core, node, other, True),
-            "allow": lambda: server.set_denied(core, node, other, False),
+            "deny": lambda: server.set_denied(core, "default", node["id"], other["id"], True),
+            "allow": lambda: server.set_denied(core, "default", node["id"], other["id"], False),
             "off": lambda: server.delete_role(core, *roles[one % len(roles)]),
             "remove": lambda: server.remove_node(core, node),
             "disable": lambda: server.disable(core, node),
