@@ -199,14 +199,14 @@ class Remote:
         except (self.errors.RequestException, ValueError) as problem:
             cure = "is the server running, and the URL right?"
             raise Failed("cannot reach %s (%s): %s" % (self.url, innermost(problem), cure)) from problem
-        return self.understood(found)
+        return self.understood(found, path.endswith("/file"))
 
-    def understood(self, found: Any) -> Answer:
+    def understood(self, found: Any, is_file: bool) -> Answer:
         status, kind = found.status_code, found.headers.get("Content-Type", "").partition(";")[0]
         if 300 <= status < 400:
             where = found.headers.get("Location", "nowhere")
             raise Failed("%s leads on to %s, which is not followed: give the URL that is meant to --api" % (self.url, where))
-        if kind != "application/json" and status >= 400:
+        if kind != "application/json" and not (is_file and status < 400):
             sentence = "%s does not answer like a netmaker-lite server (status %d, %s): check the URL"
             raise Failed(sentence % (self.url, status, kind or "no type"))
         if status == 401:
@@ -1052,9 +1052,13 @@ def members(command: Command, args: Args) -> dict[str, tuple[str, Any]]:
     """What goes into the body: {field: (as the user knows it, the value)}."""
     given = [(each, getattr(args, each.dest)) for each in command.arguments if each.field]
     found = {each.field: (each.spelled, value) for each, value in given if value not in (None, "", False)}
-    if command.settings and hasattr(args, "fields"):
+    if command.settings:
         found.update(read_pairs(args.fields, command.settings))
     return {**found, **{field: (field, value) for field, value in command.fixed.items()}}
+
+
+def takes_body(command: Command) -> bool:
+    return bool(command.asks or command.fixed or command.settings or any(each.field for each in command.arguments))
 
 
 def fill(template: str, args: Args) -> str:
@@ -1190,7 +1194,7 @@ nml() {
 		done
 		case $said in
 		'' | ' '*' '*)
-			echo "$line: ${said:-$all}" >&2
+			echo "$line:${said:- $all}" >&2
 			return 2
 			;;
 		esac
@@ -1281,12 +1285,15 @@ def run_rest(command: Command, args: Args, server: Server) -> Printed:
         body["password"] = ask_password(args.user)
     if call.startswith("GET "):
         call, body = call + ("?" + urlencode(body) if body else ""), None
-    elif call.startswith("DELETE ") or not names:
+    elif call.startswith("DELETE ") or not takes_body(command):
         body = None
     answer = answered(server, call, body)
     if answer.status >= 400:
         raise Failed(spelled_out(refusal(answer), names), 2 if answer.status == 400 else 1)
-    return Printed(answer.value, () if args.json else command.show(answer, args))
+    try:
+        return Printed(answer.value, () if args.json else command.show(answer, args))
+    except (AttributeError, KeyError, TypeError) as odd:
+        raise Failed("done, but the server's answer lacks %s: --json prints it as it is" % odd) from odd
 
 
 def over_rest(command: Command, args: Args, environment: Mapping[str, str], local: Local | None) -> Printed:
