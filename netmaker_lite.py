@@ -24,15 +24,17 @@ Contents
     SETTINGS    the table of settings; flag, environment, file, default
     ERRORS      what can go wrong, each with its HTTP status
     ADDRESSES   ranges, host numbers and which address is next; pure
-    TOKENS      the server's key, access keys, challenges
+    TOKENS      the server's key, access keys, challenges, passwords
     MODELS      the tables and their numbered migrations
     STORE       connections, and a change as one batch of conditional statements
     MESH        what nodes hear of each other: records, settings, observed endpoints; pure
     MEMBERS     the networks in memory, proven fresh by one keyed read
     ACTIONS     one function for each thing that an administrator or an agent can do
     AGENTS      the agent protocol: join, exchange, look (docs/protocol.md)
+    USERS       who may: users, sessions, API tokens, the first administrator, the audit log
     VIEWS       rows to JSON objects with the original's field names, text to values
-    ROUTES      the table of routes, each with the role that it needs
+    ROUTES      the table of routes, each with the role that it needs (docs/api.md)
+    OPENAPI     the same table for machines
     SERVE       sockets, web servers, housekeeping
     CLI         the command line's ways into this process (its table is netmaker_admin.py)
 """
@@ -71,8 +73,10 @@ import socketserver
 import sqlite3
 import threading
 import time
-from functools import partial
+from contextlib import ExitStack
+from functools import lru_cache, partial
 from hashlib import blake2b
+from types import MappingProxyType
 from typing import (
     Any,
     Callable,
@@ -89,6 +93,8 @@ from urllib.parse import unquote_to_bytes
 
 try:
     import bottle
+    import nacl.exceptions
+    import nacl.pwhash
     import nacl.secret
     import peewee
 except ImportError as missing:
@@ -127,24 +133,47 @@ log = logging.getLogger("netmaker-lite")
 # --------------------------------------------------------------------------------------------------
 
 
-def whole(low: int, high: int) -> Callable[[str], int]:
+class Whole:
     """A check of texts: a whole number from one to another."""
 
-    def checked(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,18}", text) or not low <= int(text) <= high:
-            raise Invalid("takes a whole number from %d to %d, not %r" % (low, high, text))
+    def __init__(self, low: int, high: int) -> None:
+        self.low, self.high = low, high
+
+    def __call__(self, text: str) -> int:
+        if not re.fullmatch("[0-9]{1,18}", text, re.ASCII) or not self.low <= int(text) <= self.high:
+            raise Invalid("takes a whole number from %d to %d, not %.40r" % (self.low, self.high, text))
         return int(text)
 
-    return checked
+    @property
+    def schema(self) -> Row:
+        return {"type": "integer", "minimum": self.low, "maximum": self.high}
 
 
-def one_of(*names: str) -> Callable[[str], str]:
-    def checked(text: str) -> str:
-        if text not in names:
-            raise Invalid("%r is not supported here: there is %s" % (text, ", ".join(names)))
+class Pattern:
+    """A check of texts: of one form, which the sentence `says`."""
+
+    def __init__(self, expression: str, says: str) -> None:
+        self.expression, self.says = expression, says
+
+    def __call__(self, text: str) -> str:
+        if not re.fullmatch(self.expression, text, re.ASCII):
+            raise Invalid("%.80r is %s" % (text, self.says))
         return text
 
-    return checked
+    @property
+    def schema(self) -> Row:
+        return {"type": "string", "pattern": "^(%s)$" % self.expression}
+
+
+def one_of(*names: str) -> Pattern:
+    return Pattern("|".join(names), "not supported here: there is " + ", ".join(names))
+
+
+def check_master(text: str) -> str:
+    """A master key is as good as an administrator's password on every machine: none by default, no short one."""
+    if text and (len(text) < 20 or len(set(text)) < 8):
+        raise Invalid("too easy to guess: take 20 random characters or more, or leave it out")
+    return text
 
 
 def check_proxies(text: str) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
@@ -178,22 +207,33 @@ class Setting(NamedTuple):
     default: str
     help: str
     check: Callable[[str], Any] = str
+    secret: bool = False
 
 
 SETTINGS = (
     Setting("NETMAKER_DATA", "/var/lib/netmaker-lite", "the data folder"),
     Setting("SERVER_BIND", "0.0.0.0", "address to listen on; :: for IPv6 and IPv4"),  # noqa: S104
-    Setting("API_PORT", "8081", "port to listen on", whole(1, 65535)),
+    Setting("API_PORT", "8081", "port to listen on", Whole(1, 65535)),
+    Setting("GRPC_PORT", "0", "a second port with the same API (none)", Whole(0, 65535)),
     Setting("SERVER_HOST", "", "name or address that tokens carry (default: the default route's)", check_host),
     Setting("SERVER_API_CONN_STRING", "", "HOST:PORT or URL for tokens instead, comma-separated", check_urls),
     Setting("SERVER_BACKEND", "waitress", "waitress, gevent or wsgiref", one_of("waitress", "gevent", "wsgiref")),
     Setting("SERVER_KEY_FILE", "", "the server's key (default: server.key in the data folder)"),
     Setting("DATABASE", "sqlite", "where the data are kept: sqlite", one_of("sqlite")),
-    Setting("CHECKIN_INTERVAL", "15", "seconds between two check-ins of an agent", whole(2, 100000)),
-    Setting("DEFAULT_NODE_LIMIT", "999999999", "nodes that a new network may have", whole(0, 1 << 53)),
+    Setting("CHECKIN_INTERVAL", "15", "seconds between two check-ins of an agent", Whole(2, 100000)),
+    Setting("DEFAULT_NODE_LIMIT", "999999999", "nodes that a new network may have", Whole(0, 1 << 53)),
     Setting("TRUSTED_PROXIES", "", "addresses or ranges whose X-Forwarded-For is believed", check_proxies),
-    Setting("POLL_LIMIT", "64", "long-polls held at once", whole(1, 100000)),
-    Setting("VERBOSITY", "1", "0 errors, 1 warnings, 2 events, 3 everything", whole(0, 3)),
+    Setting("POLL_LIMIT", "64", "long-polls held at once", Whole(1, 100000)),
+    Setting("MASTER_KEY", "", "a bearer token that is an administrator's (off)", check_master, True),
+    Setting("CORS_ALLOWED_ORIGIN", "", "origins whose pages may call the API, comma-separated, or * (none)"),
+    Setting("REST_BACKEND", "on", "the administrators' half of the API", one_of("on", "off")),
+    Setting("AGENT_BACKEND", "on", "the agents' half of the API", one_of("on", "off")),
+    Setting("AUDIT_DAYS", "90", "days that the audit log reaches back", Whole(1, 36500)),
+    Setting("VERBOSITY", "1", "0 errors, 1 warnings, 2 events, 3 everything", Whole(0, 3)),
+)
+OLD_SETTINGS = (  # of the original; taken, and of no meaning here
+    *("SERVER_HTTP_HOST", "SERVER_GRPC_HOST", "SERVER_GRPC_CONN_STRING", "GRPC_SSL", "DISABLE_DEFAULT_NET", "IS_SPLIT_DNS"),
+    *("DISPLAY_KEYS", "DISABLE_REMOTE_IP_CHECK", "SERVER_CHECKIN_INTERVAL", "DNS_KEY", "NETMAKER_ENV", "POD_IP", "RCE"),
 )
 SETTING_NAMES = frozenset(each.name for each in SETTINGS)
 SETTINGS_FILE = "netmaker.env"
@@ -220,7 +260,7 @@ def read_settings_file(path: str, doubts: list[str]) -> dict[str, str]:
         found[name] = value.strip().strip("'\"")
         if not equals:
             doubts.append("%s, line %d: %r is not NAME=value" % (path, number, line.split()[0]))
-        elif name not in SETTING_NAMES:
+        elif name not in SETTING_NAMES and name not in OLD_SETTINGS:
             doubts.append("%s, line %d: there is no setting %s" % (path, number, name))
     return found
 
@@ -234,13 +274,14 @@ class Settings:
         self.doubts: list[str] = []  # what the file says in vain
         read = read_settings_file(os.path.join(self.data, SETTINGS_FILE), self.doubts)
         found = {**read, **given, "NETMAKER_DATA": self.data}
+        self.doubts += ["%s is of Netmaker's and changes nothing here" % name for name in OLD_SETTINGS if name in found]
         self._values: dict[str, Any] = {}
         for setting in SETTINGS:
             text = found.get(setting.name, setting.default)
             try:
                 self._values[setting.name] = setting.check(text)
             except Invalid as bad:
-                raise Invalid("%s=%s: %s" % (setting.name, text, bad)) from bad
+                raise Invalid("%s=%s: %s" % (setting.name, "(hidden)" if setting.secret else text, bad)) from bad
 
     def __getitem__(self, name: str) -> Any:
         return self._values[name]
@@ -260,6 +301,12 @@ class ServerError(Exception):
     """An expected failure: one sentence with cause and cure, no traceback."""
 
     http = 500
+
+
+class Unknown(ServerError):
+    """Who are you?"""
+
+    http = 401
 
 
 class Denied(ServerError):
@@ -546,6 +593,38 @@ class ServerKey:
         return b64(blake2b(text, key=self._challenges, digest_size=16).digest())
 
 
+def new_bearer(kind: str) -> str:
+    """A session or an API token; the prefix tells people and secret scanners what it is."""
+    return "nm%s_%s" % (kind, b64(secrets.token_bytes(32)))
+
+
+def fingerprint(bearer: str) -> str:
+    """What the database knows of a bearer token, or of the setup code: 256 random bits need no salt and no stretching."""
+    return b64(blake2b(bearer.encode(errors="replace"), digest_size=32).digest())
+
+
+_hashing = threading.BoundedSemaphore(2)  # argon2id takes 64 MiB each
+
+
+def hash_password(password: str) -> str:
+    with _hashing:
+        return str(nacl.pwhash.argon2id.str(password.encode()).decode())
+
+
+def is_password(hashed: str, password: str) -> bool:
+    with _hashing:
+        try:
+            return bool(nacl.pwhash.verify(hashed.encode(), password.encode()))
+        except nacl.exceptions.CryptoError:
+            return False
+
+
+@lru_cache(maxsize=None)
+def nobody() -> str:
+    """The hash that the password of an unknown user is compared with."""
+    return hash_password(secrets.token_hex(16))
+
+
 def check_lifetime(text: str) -> int:
     """Seconds of `90s`, `30m`, `24h`, `7d`."""
     found = re.fullmatch(r"(\d{1,6})([smhdw])", text)
@@ -604,6 +683,8 @@ class Network(peewee.Model):
     manual = peewee.BooleanField(default=False)
     is_local = peewee.BooleanField(default=False)
     local_range = _text()
+    hosted = peewee.BooleanField(default=False)  # the server's own host shall be a node of it
+    silent = _number()  # seconds after which a node that is not heard of is removed; 0: never
     created = _number()
     modified = _number()
     nodes_modified = _number()
@@ -730,6 +811,45 @@ class Joined(peewee.Model):
         primary_key = peewee.CompositeKey("network", "auth")
 
 
+class User(peewee.Model):
+    """Who may use the API: an administrator, or somebody with some networks. `user` is a word of SQL's own."""
+
+    name = peewee.TextField(primary_key=True)
+    password = peewee.TextField()
+    admin = peewee.BooleanField(default=False)
+    networks = _text()  # comma-separated
+    created = _number()
+    modified = _number()
+
+    class Meta:
+        table_name = "account"
+
+
+class Session(peewee.Model):
+    """A bearer token: of somebody who signed in, or with a name, an API token."""
+
+    id = peewee.TextField(primary_key=True)  # fingerprint of the token
+    owner = peewee.TextField(index=True)
+    name = _text()
+    write = peewee.BooleanField(default=True)
+    networks = _text()  # less than the owner's, where not ""
+    expires = _number(null=True, default=None)
+    created = _number()
+
+
+class Audit(peewee.Model):
+    """One change: who, when, from where, what."""
+
+    id = peewee.AutoField()
+    time = _number(index=True)
+    who = peewee.TextField()
+    source = _text()
+    network = _text(index=True)
+    action = peewee.TextField()
+    target = _text()
+    detail = _text()
+
+
 NOT_REMOVED = peewee.SQL("state != 'removed'")  # as text: older peewees bind values here, which no database takes
 Node.add_index(Node.index(Node.network, Node.auth, unique=True))
 Node.add_index(Node.index(Node.network, Node.name, unique=True, where=NOT_REMOVED, name="node_name"))
@@ -741,9 +861,18 @@ Node.add_index(Node.index(Node.source))
 Lease.add_index(Lease.index(Lease.network, Lease.node, Lease.released))
 AccessKey.add_index(AccessKey.index(AccessKey.network, AccessKey.name, unique=True))
 
-MODELS = (Meta, Network, Node, Lease, AccessKey, Revision, Gone, Observed, Joined)
-SCHEMA = 1
-MIGRATIONS: dict[int, tuple[str, ...]] = {}  # version → the statements that lead to it from the one before
+Session.add_index(Session.index(Session.owner, Session.name))
+
+MODELS = (Meta, Network, Node, Lease, AccessKey, Revision, Gone, Observed, Joined, User, Session, Audit)
+SCHEMA = 2
+# version → the statements that lead to it from the one before; tables that are missing are made after them
+MIGRATIONS: dict[int, tuple[str, ...]] = {
+    2: (
+        "INSERT INTO meta (key, value) VALUES ('users', ''), ('setup', '')",
+        "ALTER TABLE network ADD COLUMN silent BIGINT NOT NULL DEFAULT 0",
+        "ALTER TABLE network ADD COLUMN hosted BOOLEAN NOT NULL DEFAULT 0",
+    ),
+}
 
 # --------------------------------------------------------------------------------------------------
 # STORE
@@ -780,6 +909,7 @@ class Batch:
 
     def __init__(self, table: str, key: str, identity: str, stamp: str = "stamp") -> None:
         self.stamp = secrets.token_hex(8)
+        self.note = ""  # for the audit log: what is changed
         self._row = (table, key, stamp)
         self._identity = identity
         self._set = ["%s = ?" % stamp]
@@ -853,11 +983,11 @@ class NetworkBatch(Batch):
             self.delete(table, "network = ? AND " + oldest, network, network, HISTORY)
 
 
-class NetworkListBatch(Batch):
-    """A change of which networks there are: stamped in the row of the table `meta` for that."""
+class ListBatch(Batch):
+    """A change of which networks or users there are: stamped in the row of the table `meta` for that."""
 
-    def __init__(self) -> None:
-        super().__init__("meta", "key", "networks", "value")
+    def __init__(self, what: str = "networks") -> None:
+        super().__init__("meta", "key", what, "value")
 
 
 class _Upset(Exception):
@@ -936,14 +1066,16 @@ class Store:
             )
         for version in range(found + 1, SCHEMA + 1):
             self.copy("%s.before-%d" % (self.path, version))
-            with self.writer.atomic("IMMEDIATE"):
+            with self.writer.atomic("IMMEDIATE"), self.writer.bind_ctx(MODELS):
                 for statement in MIGRATIONS[version]:
                     self._write(statement, ())
+                self.writer.create_tables(MODELS)
                 self._write("UPDATE meta SET value = ? WHERE key = ?", (str(version), "schema"))
             log.warning("the database is of schema %d now", version)
 
     def _create(self) -> None:
-        first = {"schema": str(SCHEMA), "incarnation": new_incarnation(), "networks": "", "pin": "", "urls": ""}
+        names = ("schema", "incarnation", "networks", "users", "setup", "pin", "urls")
+        first = {**dict.fromkeys(names, ""), "schema": str(SCHEMA), "incarnation": new_incarnation()}
         with self.writer.atomic("IMMEDIATE"), self.writer.bind_ctx(MODELS):
             self.writer.create_tables(MODELS)
             for pair in first.items():
@@ -1505,19 +1637,60 @@ class Members:
 # needs to know it reads in `build`, what must still hold when it is committed it says in the batch.
 
 PENDING_PER_NETWORK, PENDING_PER_SOURCE, PENDING_DAYS = 100, 5, 7
+NO_AGENT = "none-"  # begins the auth key of a node without our agent: no key at all, and never two alike
+SETTLED = 3600  # seconds after its start in which the server takes nobody's silence for an absence: it was absent itself
 LEFT = "it left by itself"
 LIVING = "id = ? AND state != 'removed'"
 
 
+class Caller(NamedTuple):
+    """Who asks for something. `networks`: those of a user, None for all: an administrator."""
+
+    name: str
+    source: str = ""
+    networks: frozenset[str] | None = None
+    may_write: bool = True
+    session: str = ""
+    token: str = ""  # the name of the API token that speaks for the user
+
+    def may(self, network: str) -> bool:
+        return self.networks is None or network.lower() in self.networks
+
+
 class Core:
-    """What every action needs: settings, the database, the server's key, the time."""
+    """What every action needs: settings, the database, the server's key, the time, and who asks for it."""
 
     def __init__(self, settings: Settings, store: Store, key: ServerKey, clock: Callable[[], float] = time.time) -> None:
         self.settings, self.store, self.key, self.clock = settings, store, key, clock
+        self.caller, self.started = Caller("server"), self.now
+
+    def by(self, caller: Caller) -> Core:
+        """The same for somebody else."""
+        core = Core(self.settings, self.store, self.key, self.clock)
+        core.caller = caller
+        return core
 
     @property
     def now(self) -> int:
         return int(self.clock())
+
+    def change(self, build: Callable[[], Batch | None], action: str, network: str = "", target: str = "") -> None:
+        """A change with its line in the audit log, both or neither."""
+
+        def audited() -> Batch | None:
+            batch = build()
+            if batch is not None:
+                who = "/".join(filter(None, (self.caller.name, self.caller.token)))
+                row = {"time": self.now, "who": who, "source": self.caller.source, "network": network}
+                batch.insert("audit", {**row, "action": action, "target": target, "detail": batch.note[:500]})
+            return batch
+
+        self.store.change(audited)
+
+
+def told(values: Row) -> str:
+    """Changed columns for the audit log."""
+    return " ".join("%s=%s" % (name, int(value) if isinstance(value, bool) else value) for name, value in values.items())
 
 
 def is_there(path: str) -> bool:
@@ -1565,7 +1738,7 @@ def give_up_key(settings: Settings) -> int:
     store = Store(settings.data)
     try:
         lost = len(store.rows("SELECT id FROM access_key"))
-        batch = NetworkListBatch()
+        batch = ListBatch()
         batch.delete("access_key", "id != ''")
         batch.update("meta", {"value": ""}, "key = 'pin'")
         store.apply(batch)
@@ -1616,14 +1789,15 @@ def add_network(core: Core, name: str, values: Row) -> Row:
         if core.store.row("SELECT 1 FROM network WHERE id = ?", (new["id"],)):
             raise Clash("there is a network %s already" % new["id"])
         _check_ranges(core, new)
-        batch = NetworkListBatch()
+        batch = ListBatch()
         batch.when("value = ?", core.store.meta("networks"))
         batch.insert("network", new)
+        batch.note = told(values)
         first = {"network": new["id"], "counter": 1, "tag": new["tag"]}
         batch.insert("revision", first)
         return batch
 
-    core.store.change(build)
+    core.change(build, "network add", new["id"])
     return need_network(core, new["id"])
 
 
@@ -1688,6 +1862,7 @@ def set_network(core: Core, name: str, values: Row) -> Row:
         if not new:
             return None
         batch = NetworkBatch(old["id"], core.now)
+        batch.note = told(new)
         if {"range", "range6"} & new.keys():
             _check_ranges(core, {**old, **new})
             _change_ranges(core, batch, old, new)
@@ -1698,7 +1873,7 @@ def set_network(core: Core, name: str, values: Row) -> Row:
             batch.update("node", {"changed": batch.counter}, "network = ?", old["id"])
         return batch
 
-    core.store.change(build)
+    core.change(build, "network set", need_network(core, name)["id"])
     return need_network(core, name)
 
 
@@ -1711,14 +1886,17 @@ def remove_network(core: Core, name: str) -> Row:
         somebody = composed("SELECT 1 FROM node WHERE %s", living)
         if core.store.row(somebody, (network["id"],)):
             raise Clash("the network %s has nodes: remove them first" % network["id"])
-        batch = NetworkListBatch()
+        batch = ListBatch()
         batch.when("NOT EXISTS (%s)" % somebody, network["id"])
         for table in TABLES:
             batch.delete(table, "network = ?", network["id"])
         batch.delete("network", "id = ?", network["id"])
+        for name, text in core.store.rows("SELECT name, networks FROM account WHERE networks != ''"):
+            rest = [each for each in text.split(",") if each != network["id"]]
+            batch.update("account", {"networks": ",".join(rest)}, "name = ? AND networks = ?", name, text, must=True)
         return batch
 
-    core.store.change(build)
+    core.change(build, "network remove", network["id"])
     return network
 
 
@@ -1775,7 +1953,7 @@ def add_key(core: Core, network: str, name: str = "", uses: int | None = 1, life
         batch.insert("access_key", new)
         return batch
 
-    core.store.change(build)
+    core.change(build, "key add", owner["id"], new["name"])
     value = "%s.%s" % (key_id, secret)
     token = agent.Token(server_urls(core), core.key.pin, owner["id"], value)
     return {**new, "value": value, "accessstring": agent.make_token(token)}
@@ -1795,7 +1973,7 @@ def remove_key(core: Core, network: str, name: str) -> Row:
         batch.delete("joined", gone, found["id"], owner["id"])
         return batch
 
-    core.store.change(build)
+    core.change(build, "key remove", owner["id"], found["name"])
     return found
 
 
@@ -1949,13 +2127,37 @@ def join(core: Core, who: Joining) -> Row:
         batch.insert("joined", {**row, "access_key": who.access_key, "node": values["id"]})
         return batch
 
-    core.store.change(build)
+    core.by(Caller("node", who.source)).change(build, "node join", who.network, who.values["name"])
     mine = (Node.network == who.network) & (Node.auth == who.auth)
     found = core.store.get(Node.select().where(mine))
     if found is None:
         raise Busy("the node was removed while it joined: try again")
     log.info("%s: node %s (%s) from %s is %s", who.network, found["name"], found["id"], who.source, found["state"])
     return found
+
+
+def add_node(core: Core, network: str, values: Row) -> Row:
+    """A node for a machine without our agent: an administrator gives its WireGuard key and endpoint."""
+    owner = need_network(core, network)
+    if "key" not in values:
+        raise Invalid("publickey is missing: make a key pair on the machine (wg genkey, wg pubkey) and give the public half")
+    new: Row = {}
+
+    def build() -> Batch:
+        found = need_network(core, owner["id"])
+        batch = NetworkBatch(owner["id"], core.now)
+        who = Joining(owner["id"], "", "administrator", "", "", values)
+        new.update(_new_node(core, found, who), auth=NO_AGENT + secrets.token_hex(8), os="", confirmed=True)
+        new.update(_move_in(core, batch, found, new))
+        if values.get("ips"):
+            new["ips"] = check_routes(values["ips"], _owned(core, found, new))
+            batch.when("counter = ?", found["counter"])
+        batch.insert("node", {**new, **dict.fromkeys(("changed", "own_changed", "since"), batch.counter)})
+        batch.note = told(values)
+        return batch
+
+    core.change(build, "node add", owner["id"], values.get("name", ""))
+    return need_node(core, owner["id"], new["id"])
 
 
 def _leave_lists(batch: NetworkBatch, node: Row) -> None:
@@ -1972,7 +2174,7 @@ def _without_vain_wishes(core: Core, network: Row, node: Row) -> Row:
     return {**node, **{name: "" if held(node[name]) else node[name] for name in ("ip", "ip6")}}
 
 
-def _set_state(core: Core, node: Row, state: str, before: Sequence[str], more: Row | None = None) -> Row:
+def _set_state(core: Core, node: Row, action: str, state: str, before: Sequence[str], more: Row | None = None) -> Row:
     """Bring a node from one of some states into another."""
 
     def build() -> Batch | None:
@@ -1992,16 +2194,16 @@ def _set_state(core: Core, node: Row, state: str, before: Sequence[str], more: R
         batch.update("node", new, "id = ? AND state = ?", now["id"], now["state"], must=True)
         return batch
 
-    core.store.change(build)
+    core.change(build, "node " + action, node["network"], node["name"])
     return need_node(core, node["network"], node["id"])
 
 
 def approve(core: Core, node: Row) -> Row:
-    return _set_state(core, node, ACTIVE, (PENDING,))
+    return _set_state(core, node, "approve", ACTIVE, (PENDING,))
 
 
 def disable(core: Core, node: Row) -> Row:
-    return _set_state(core, node, DISABLED, (ACTIVE, EXPIRED))
+    return _set_state(core, node, "disable", DISABLED, (ACTIVE, EXPIRED))
 
 
 def enable(core: Core, node: Row) -> Row:
@@ -2009,7 +2211,7 @@ def enable(core: Core, node: Row) -> Row:
         words = (node["name"], node["network"], node["name"])
         raise Clash("the node %s waits for approval: `netmaker-lite node approve %s %s`" % words)
     over = {"expires": None} if node["expires"] and node["expires"] <= core.now else None
-    return _set_state(core, node, ACTIVE, (DISABLED, EXPIRED), over)
+    return _set_state(core, node, "enable", ACTIVE, (DISABLED, EXPIRED), over)
 
 
 def remove_node(core: Core, node: Row, farewell: str = "the administrator removed it") -> Row:
@@ -2020,6 +2222,7 @@ def remove_node(core: Core, node: Row, farewell: str = "the administrator remove
         if now is None or now["state"] == REMOVED:
             return None
         batch = NetworkBatch(node["network"], core.now)
+        batch.note = farewell
         if now["state"] != PENDING:
             batch.set("members = members - 1")
         new: Row = {"state": REMOVED, "removed": core.now, "farewell": farewell, "ip": "", "ip6": ""}
@@ -2030,7 +2233,7 @@ def remove_node(core: Core, node: Row, farewell: str = "the administrator remove
         _leave_lists(batch, now)
         return batch
 
-    core.store.change(build)
+    core.change(build, "node remove", node["network"], node["name"])
     return node
 
 
@@ -2117,10 +2320,11 @@ def set_node(core: Core, node: Row, values: Row) -> Row:
             batch.when("counter = ?", network["counter"])
         columns = amend(core, batch, network, now, new)
         columns["modified"] = core.now
+        batch.note = told(new)
         batch.update("node", columns, LIVING, now["id"], must=True)
         return batch
 
-    core.store.change(build)
+    core.change(build, "node set", node["network"], node["name"])
     found = need_node(core, node["network"], node["id"])
     over = found["expires"] is not None and found["expires"] <= core.now
     return enable(core, found) if found["state"] == EXPIRED and not over else found
@@ -2130,11 +2334,16 @@ def sweep(core: Core) -> None:
     """What time alone changes: nodes expire, sign-ups lapse, nodes that left are forgotten."""
     due = (Node.state == ACTIVE) & (Node.expires <= core.now)
     for node in core.store.select(Node.select().where(due)):
-        _set_state(core, node, EXPIRED, (ACTIVE,))
+        _set_state(core, node, "expire", EXPIRED, (ACTIVE,))
     lapsed = (Node.state == PENDING) & (Node.created <= core.now - PENDING_DAYS * 86400)
     for node in core.store.select(Node.select().where(lapsed)):
         remove_node(core, node, LEFT)
         forget_node(core, node["network"], node["id"])
+    for network in networks(core) if core.now - core.started > SETTLED else ():
+        limit = core.now - network["silent"] if network["silent"] else 0
+        here = (Node.network == network["id"]) & (Node.state == ACTIVE) & ~Node.auth.startswith(NO_AGENT)
+        for node in core.store.select(Node.select().where(here & (Node.last_seen < limit))):
+            remove_node(core, node, "it was silent for longer than %s allows" % network["id"])
     left = (Node.state == REMOVED) & (Node.farewell == LEFT) & (Node.removed <= core.now - 86400)
     for node in core.store.select(Node.select().where(left)):
         forget_node(core, node["network"], node["id"])
@@ -2868,7 +3077,8 @@ class Agents:
         if row.state == REMOVED:
             return self._farewell(member, told, signer)
         if told is not None and told.leave:
-            remove_node(self.core, {"id": row.id, "network": row.network}, LEFT)
+            by_itself = self.core.by(Caller("node", signer.source))
+            remove_node(by_itself, {"id": row.id, "network": row.network, "name": row.name}, LEFT)
             self.members.prove(member.mesh)
             return self._farewell(member, told, signer)
         public = row.public if row.public == signer.source else self.sight.public(signer.source)
@@ -3049,53 +3259,341 @@ class Agents:
 
 
 # --------------------------------------------------------------------------------------------------
+# USERS
+# --------------------------------------------------------------------------------------------------
+# Who may. A bearer token is 256 random bits of which the database has the fingerprint; what its owner
+# may do is read anew for each request, so a change of rights holds from the next one on.
+
+SESSION = 12 * 3600
+check_user = Pattern("[a-z0-9][a-z0-9.@_+-]{2,39}", "no user name: 3 to 40 letters, digits, '.', '@', '_', '+' or '-'")
+check_token_name = Pattern("[A-Za-z0-9._-]{1,40}", "no name for a token: 1 to 40 letters, digits, '.', '_' or '-'")
+
+
+def fold_user(text: str) -> str:
+    if text in ("adm", "networks"):
+        raise Invalid("%s is a word of the API's paths: take another name" % text)
+    return check_user(text.lower())
+
+
+def check_password(text: str) -> str:
+    if not 8 <= len(text) <= 128:
+        raise Invalid("a password has 8 to 128 characters")
+    return text
+
+
+def users(core: Core) -> list[Row]:
+    return core.store.select(User.select().order_by(User.name))
+
+
+def need_user(core: Core, name: str) -> Row:
+    found = core.store.get(User.select().where(User.name == name.lower()))
+    if found is None:
+        raise Missing("there is no user %s: `netmaker-lite user list` shows which there are" % name)
+    return found
+
+
+def has_admin(core: Core) -> bool:
+    return core.store.row("SELECT 1 FROM account WHERE admin = ?", (True,)) is not None
+
+
+def _check_own_networks(core: Core, batch: Batch, names: str) -> None:
+    for name in filter(None, names.split(",")):
+        need_network(core, name)
+        batch.when("EXISTS (SELECT 1 FROM network WHERE id = ?)", name)
+
+
+def _new_user(core: Core, batch: Batch, values: Row) -> None:
+    if "password" not in values:
+        raise Invalid("password is missing")
+    row = {**blank(User), **values, "created": core.now, "modified": core.now}
+    batch.when("NOT EXISTS (SELECT 1 FROM account WHERE name = ?)", values["name"])
+    batch.insert("account", row)
+    batch.note = told({name: value for name, value in values.items() if name in ("admin", "networks")})
+
+
+def _with_hash(values: Row) -> Row:
+    """A password as the database keeps it; hashed once, before the change is tried."""
+    return {**values, "password": hash_password(values["password"])} if "password" in values else values
+
+
+def add_user(core: Core, values: Row) -> Row:
+    new = _with_hash(values)
+
+    def build() -> Batch:
+        if core.store.row("SELECT 1 FROM account WHERE name = ?", (new["name"],)):
+            raise Clash("there is a user %s already" % new["name"])
+        batch = ListBatch("users")
+        _check_own_networks(core, batch, new.get("networks", ""))
+        _new_user(core, batch, new)
+        return batch
+
+    core.change(build, "user add", "", new["name"])
+    return need_user(core, new["name"])
+
+
+def new_setup_code(core: Core) -> str:
+    """What proves that the first administrator has this machine's console; "" when there is one already."""
+    if has_admin(core):
+        return ""
+    code = "-".join(secrets.token_hex(2) for _ in range(5))
+    core.store.set_meta("setup", fingerprint(code))
+    return code
+
+
+def add_first_admin(core: Core, values: Row, at_home: bool, code: str) -> Row:
+    """The first administrator, exactly once: from this machine, or with the setup code."""
+    if has_admin(core):
+        raise Clash("there is an administrator already: sign in, or make another by `netmaker-lite user add NAME --admin`")
+    known = core.store.meta("setup")
+    right = bool(known) and secrets.compare_digest(known, fingerprint(code.strip().lower()))
+    if not at_home and not right:
+        raise Denied(
+            "the first administrator is made with the setup code that `netmaker-lite serve` prints, from the server's own host, "
+            "or by `netmaker-lite user add NAME --admin` there"
+        )
+    new = _with_hash({**values, "admin": True})
+
+    def build() -> Batch:
+        if has_admin(core):
+            raise Clash("there is an administrator already: sign in")
+        batch = ListBatch("users")
+        batch.when("NOT EXISTS (SELECT 1 FROM account WHERE admin = ?)", True)
+        batch.update("meta", {"value": ""}, "key = 'setup'")
+        _new_user(core, batch, new)
+        return batch
+
+    core.change(build, "user add", "", new["name"])
+    return need_user(core, new["name"])
+
+
+def _keep_an_admin(core: Core, batch: Batch, name: str) -> None:
+    others = "EXISTS (SELECT 1 FROM account WHERE admin = ? AND name != ?)"
+    if core.store.row(composed("SELECT 1 WHERE %s", others), (True, name)) is None:
+        raise Clash("%s is the only administrator: make another first" % name)
+    batch.when(others, True, name)
+
+
+def set_user(core: Core, name: str, values: Row) -> Row:
+    """Change password, rights or networks; a new password ends the sessions, not the API tokens."""
+    new = _with_hash(values)
+
+    def build() -> Batch | None:
+        old = need_user(core, name)
+        changed = differences(old, new)
+        if not changed:
+            return None
+        batch = ListBatch("users")
+        if old["admin"] and not new.get("admin", True):
+            _keep_an_admin(core, batch, old["name"])
+        _check_own_networks(core, batch, changed.get("networks", ""))
+        batch.update("account", {**changed, "modified": core.now}, "name = ?", old["name"], must=True)
+        if "password" in changed:
+            batch.delete("session", "owner = ? AND name = ''", old["name"])
+        batch.note = told({**changed, "password": "(new)"} if "password" in changed else changed)
+        return batch
+
+    core.change(build, "user set", "", name.lower())
+    return need_user(core, name)
+
+
+def remove_user(core: Core, name: str) -> Row:
+    user = need_user(core, name)
+
+    def build() -> Batch:
+        batch = ListBatch("users")
+        if need_user(core, name)["admin"]:
+            _keep_an_admin(core, batch, user["name"])
+        batch.delete("account", "name = ?", user["name"])
+        batch.delete("session", "owner = ?", user["name"])
+        return batch
+
+    core.change(build, "user remove", "", user["name"])
+    return user
+
+
+# ---- sessions and API tokens
+
+
+def _open_session(core: Core, owner: str, values: Row, action: str) -> Row:
+    bearer = new_bearer("t" if values.get("name") else "s")
+    row = {**blank(Session), **values, "id": fingerprint(bearer), "owner": owner, "created": core.now}
+
+    def build() -> Batch:
+        if row["name"] and core.store.row("SELECT 1 FROM session WHERE owner = ? AND name = ?", (owner, row["name"])):
+            raise Clash("%s has a token %s already: take another name" % (owner, row["name"]))
+        batch = ListBatch("users")
+        batch.when("EXISTS (SELECT 1 FROM account WHERE name = ?)", owner)
+        batch.when("NOT EXISTS (SELECT 1 FROM session WHERE owner = ? AND name = ? AND name != '')", owner, row["name"])
+        batch.delete("session", "expires <= ?", core.now)
+        batch.insert("session", row)
+        return batch
+
+    core.change(build, action, "", row["name"] or owner)
+    return {**row, "value": bearer}
+
+
+def sign_in(core: Core, name: str, password: str) -> Row:
+    """A session. An unknown name takes as long as a wrong password."""
+    user = core.store.get(User.select().where(User.name == name.lower()))
+    if not is_password(user["password"] if user else nobody(), password) or user is None:
+        raise Unknown("wrong user name or password")
+    signed = core.by(core.caller._replace(name=user["name"]))
+    return _open_session(signed, user["name"], {"expires": core.now + SESSION}, "sign in")
+
+
+def sign_out(core: Core) -> None:
+    def build() -> Batch:
+        batch = ListBatch("users")
+        batch.delete("session", "id = ? AND name = ''", core.caller.session)
+        return batch
+
+    core.change(build, "sign out", "", core.caller.name)
+
+
+def api_tokens(core: Core, owner: str) -> list[Row]:
+    name = need_user(core, owner)["name"]
+    mine = (Session.owner == name) & (Session.name != "")
+    return core.store.select(Session.select().where(mine).order_by(Session.name))
+
+
+def add_api_token(core: Core, owner: str, values: Row) -> Row:
+    """An API token; `value` is in the answer this one time."""
+    if "name" not in values:
+        raise Invalid("name is missing: how is this token to be called?")
+    for name in filter(None, values.get("networks", "").split(",")):
+        need_network(core, name)
+    return _open_session(core, need_user(core, owner)["name"], values, "token add")
+
+
+def remove_api_token(core: Core, owner: str, name: str) -> None:
+    user = need_user(core, owner)["name"]
+    if name not in (each["name"] for each in api_tokens(core, user)):
+        raise Missing("%s has no token %s" % (user, name))
+
+    def build() -> Batch:
+        batch = ListBatch("users")
+        batch.delete("session", "owner = ? AND name = ?", user, name)
+        return batch
+
+    core.change(build, "token remove", "", name)
+
+
+def caller_of(core: Core, bearer: str, source: str) -> Caller:
+    """Whose bearer token it is; Unknown with a sentence when nobody's, or not any more."""
+    master = core.settings["MASTER_KEY"]
+    if master and secrets.compare_digest(master.encode(), bearer.encode()):
+        return Caller("masterkey", source)
+    session = fingerprint(bearer)
+    sql = (
+        "SELECT account.name, account.admin, account.networks, session.name, session.write, session.networks, session.expires"
+        " FROM session JOIN account ON account.name = session.owner WHERE session.id = ?"
+    )
+    found = core.store.row(sql, (session,))
+    if found is None:
+        raise Unknown("this bearer token is not known: sign in, or ask for another")
+    name, admin, own, token, may_write, fewer, expires = found
+    if expires is not None and expires <= core.now:
+        raise Unknown("the session is over: sign in again" if not token else "the API token has expired: make another")
+    networks = None if admin else frozenset(filter(None, own.split(",")))
+    if fewer:
+        limit = frozenset(fewer.split(","))
+        networks = limit if networks is None else networks & limit
+    return Caller(name, source, networks, bool(may_write), session, token)
+
+
+# ---- the audit log
+
+
+def audit(core: Core, network: str = "", since: int = 0) -> list[Row]:
+    """Changes, the newest first; of somebody's own networks where the caller has not all."""
+    found = Audit.select().where(Audit.time >= since).order_by(Audit.id.desc())
+    if network:
+        found = found.where(Audit.network == network.lower())
+    if core.caller.networks is not None:
+        found = found.where(Audit.network.in_(sorted(core.caller.networks)))
+    return core.store.select(found)
+
+
+def forget_audit(core: Core) -> None:
+    """Drop what is older than the log has to reach."""
+
+    def build() -> Batch | None:
+        oldest = core.now - core.settings["AUDIT_DAYS"] * 86400
+        if core.store.row("SELECT 1 FROM audit WHERE time < ?", (oldest,)) is None:
+            return None
+        batch = ListBatch("users")
+        batch.delete("audit", "time < ?", oldest)
+        return batch
+
+    core.store.change(build)
+
+
+# --------------------------------------------------------------------------------------------------
 # VIEWS
 # --------------------------------------------------------------------------------------------------
-# The border between rows and JSON: one table for each kind, with the original's field names. Booleans
-# are "yes" and "no" only here.
+# The border between rows and JSON: one table for each kind of object, with the original's field names.
+# Booleans are "yes" and "no" only here (in users' and tokens' objects they are booleans, as the original has it).
 
 
 class Field(NamedTuple):
-    """A member of a view: its name, the column or function that it shows, how text becomes a value.
+    """A member of an object: its name, the column or function that it shows, how text becomes a value, what kind it is.
 
-    `check` is None for what cannot be set. `short` is its name on the command line, `help` that of its flag.
+    `check` is None for what is not taken: it is ignored, since user interfaces send back whole objects.
+    `source` is "" for what is not shown.
     """
 
     name: str
-    source: str | Callable[[Row], Any]
+    source: str | Callable[[Row], Any] = ""
     check: Callable[[str], Any] | None = None
-    short: str = ""
-    help: str = ""
+    kind: str = ""
 
 
-def yes_no(text: str) -> bool:
-    if text.lower() not in ("yes", "no", "on", "off", "true", "false"):
-        raise Invalid("%r is neither yes nor no" % text)
-    return text.lower() in ("yes", "on", "true")
+TEXT: Row = {"type": "string"}
+KINDS: dict[str, Row] = {  # what is not told by the check
+    "": TEXT,
+    "number": {"type": "integer"},
+    "number or null": {"type": ["integer", "null"]},
+    "flag": {"type": "string", "enum": ["yes", "no"]},
+    "truth": {"type": "boolean"},
+    "texts": {"type": "array", "items": TEXT},
+    "object": {"type": "object"},
+}
 
 
-def or_nothing(check_value: Callable[[str], Any], nothing: Any) -> Callable[[str], Any]:
+class Flag:
+    """A check: yes or no."""
+
+    def __init__(self, kind: str) -> None:
+        self.schema = KINDS[kind]
+
+    def __call__(self, text: str) -> bool:
+        if text.lower() not in ("yes", "no", "on", "off", "true", "false"):
+            raise Invalid("%.40r is neither yes nor no" % text)
+        return text.lower() in ("yes", "on", "true")
+
+
+YES_NO, TRUTH = Flag("flag"), Flag("truth")
+
+
+class OrNothing:
     """The same check, where the empty text means the network's value, or none."""
-    return lambda text: check_value(text) if text else nothing
+
+    def __init__(self, check: Callable[[str], Any], nothing: Any = "") -> None:
+        self.check, self.nothing, self.schema = check, nothing, getattr(check, "schema", TEXT)
+
+    def __call__(self, text: str) -> Any:
+        return self.check(text) if text else self.nothing
 
 
-def check_display(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_./;% ^#()!@$*-]{1,20}", text):
-        raise Invalid("%r is no display name: 1 to 20 letters, digits, blanks or -_./;%%^#()!@$*" % text)
-    return text
-
-
-def check_interface(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,14}", text):
-        raise Invalid("%r is no interface name: 1 to 15 letters, digits, '.', '_' or '-'" % text)
-    return text
+check_display = Pattern("[A-Za-z0-9_./;% ^#()!@$*-]{1,20}", "no display name: 1 to 20 letters, digits, blanks or -_./;%^#()!@$*")
+check_interface = Pattern("[A-Za-z0-9][A-Za-z0-9._-]{0,14}", "no interface name: 1 to 15 letters, digits, '.', '_' or '-'")
 
 
 def check_local_range(text: str) -> str:
     try:
         return str(ipaddress.ip_network(text, strict=False))
     except ValueError as bad:
-        raise Invalid("%r is no range: ADDRESS/BITS, like 192.168.1.0/24" % text) from bad
+        raise Invalid("%.80r is no range: ADDRESS/BITS, like 192.168.1.0/24" % text) from bad
 
 
 def check_static(text: str) -> str:
@@ -3106,40 +3604,68 @@ def check_static(text: str) -> str:
         return endpoint(*split_endpoint(text))
 
 
-def check_expiry(text: str) -> int:
+def check_until(text: str) -> int:
     """Unix time, or a time from now like 24h."""
     if text.isdigit():
-        return whole(1, 1 << 40)(text)
+        return Whole(1, 1 << 40)(text)
     return int(time.time()) + check_lifetime(text)
 
 
-def range_check(version: int) -> Callable[[str], str]:
-    return or_nothing(lambda text: check_range(text, version), "")
+def check_silence(text: str) -> int:
+    """Seconds; 0, or at least an hour: a node that reboots is not gone."""
+    seconds = 0 if text in ("", "0") else int(text) if text.isdigit() else check_lifetime(text)
+    if seconds and not 3600 <= seconds <= 1 << 32:
+        raise Invalid("%.40r is no time of an hour or more: 0 for never, or like 30d" % text)
+    return seconds
 
 
-PORT = whole(1024, 65535)
+def check_uses(text: str) -> int | None:
+    """How many may join; None for any number."""
+    if text in ("unlimited", "0"):
+        return None
+    try:
+        return Whole(1, 1 << 31)(text)
+    except Invalid as bad:
+        raise Invalid("takes a whole number from 1 on, or unlimited, not %.40r" % text) from bad
+
+
+def check_names(text: str) -> str:
+    """Networks, comma-separated."""
+    return ",".join(sorted({check_network(name) for name in filter(None, text.replace(" ", "").split(","))}))
+
+
+def range_check(version: int) -> OrNothing:
+    return OrNothing(lambda text: check_range(text, version))
+
+
+PORT, KEEPALIVE_SECONDS, MTU_BYTES = Whole(1024, 65535), Whole(0, 1000), Whole(576, 9200)
 NETWORK_FIELDS = (
-    Field("netid", "id"),
-    Field("displayname", "display", check_display, "display", "name for people"),
-    Field("addressrange", "range", range_check(4), "range", "IPv4 range, like 10.20.30.0/24"),
-    Field("addressrange6", "range6", range_check(6), "range6", "IPv6 range, like fd00:20:30::/64"),
-    Field("isdualstack", lambda row: bool(row["range"] and row["range6"])),
-    Field("isipv4", lambda row: bool(row["range"])),
-    Field("isipv6", lambda row: bool(row["range6"])),
-    Field("islocal", "is_local", yes_no, "local-only", "all nodes are in one LAN"),
-    Field("localrange", "local_range", or_nothing(check_local_range, ""), "local-range", "that LAN's range"),
-    Field("defaultinterface", "interface", check_interface, "interface", "the nodes' interface (nm-NAME)"),
-    Field("defaultlistenport", "port", PORT, "port", "the nodes' WireGuard port (51821)"),
-    Field("defaultkeepalive", "keepalive", whole(0, 1000), "keepalive", "seconds, 0 for none (20)"),
-    Field("defaultmtu", "mtu", whole(576, 9200), "mtu", "MTU of the interfaces (1280)"),
-    Field("defaultudpholepunch", "punch", yes_no, "hole-punch", "use observed endpoints (yes)"),
-    Field("nodelimit", "node_limit", whole(0, 1 << 53), "node-limit", "how many nodes it may have"),
-    Field("allowmanualsignup", "manual", yes_no, "manual-signup", "let nodes ask without a key (no)"),
-    Field("checkininterval", "interval", or_nothing(whole(2, 100000), None), "checkin-interval", "seconds"),
-    Field("nodes", "members"),
+    Field("netid", "id", check_network),
+    Field("displayname", "display", check_display),
+    Field("addressrange", "range", range_check(4)),
+    Field("addressrange6", "range6", range_check(6)),
+    Field("isdualstack", lambda row: bool(row["range"] and row["range6"]), None, "flag"),
+    Field("isipv4", lambda row: bool(row["range"]), None, "flag"),
+    Field("isipv6", lambda row: bool(row["range6"]), None, "flag"),
+    Field("islocal", "is_local", YES_NO),
+    Field("localrange", "local_range", OrNothing(check_local_range)),
+    Field("defaultinterface", "interface", check_interface),
+    Field("defaultlistenport", "port", PORT),
+    Field("defaultkeepalive", "keepalive", KEEPALIVE_SECONDS),
+    Field("defaultmtu", "mtu", MTU_BYTES),
+    Field("defaultudpholepunch", "punch", YES_NO),
+    Field("nodelimit", "node_limit", Whole(0, 1 << 53)),
+    Field("allowmanualsignup", "manual", YES_NO),
+    Field("checkininterval", "interval", OrNothing(Whole(2, 100000), None)),
+    Field("autoremove", "silent", check_silence, "number"),
+    Field("nodes", "members", None, "number"),
     Field("revision", lambda row: "%d.%s" % (row["counter"], row["tag"])),
-    Field("networklastmodified", "modified"),
-    Field("nodeslastmodified", "nodes_modified"),
+    Field("networklastmodified", "modified", None, "number"),
+    Field("nodeslastmodified", "nodes_modified", None, "number"),
+    Field("accesskeys", lambda row: [], None, "texts"),
+    Field("keyupdatetimestamp", lambda row: 0, None, "number"),
+    *(Field(name, lambda row: "") for name in ("defaultpostup", "defaultpostdown", "defaultextclientdns")),
+    *(Field(name, lambda row: False, None, "flag") for name in ("defaultsaveconfig", "isgrpchub")),
 )
 
 
@@ -3154,52 +3680,96 @@ def leased(column: str) -> Callable[[Row], str]:
 
 
 def node_status(row: Row) -> str:
-    """How a node does: its state, or how long ago it was heard of."""
+    """How a node does: its state, or how long ago it was heard of, in its own check-ins (300 and 1800 s at 15 s)."""
     if row["state"] != ACTIVE:
         return str(row["state"])
-    silent = time.time() - row["last_seen"]
-    return "healthy" if silent < 300 else "warning" if silent < 1800 else "error"
+    if row["auth"].startswith(NO_AGENT):
+        return "unmanaged"
+    silent = (time.time() - row["last_seen"]) / row["interval"]
+    return "healthy" if silent < 20 else "warning" if silent < 120 else "error"
 
 
 NODE_FIELDS = (
     Field("id", "id"),
+    Field("macaddress", "id"),
     Field("name", "name", check_name),
     Field("network", "network"),
     Field("address", leased("ip"), lambda text: check_address(text, 4)),
     Field("address6", leased("ip6"), lambda text: check_address(text, 6)),
-    Field("allowedips", lambda row: row["ips"].split(",") if row["ips"] else [], str),
+    Field("allowedips", lambda row: row["ips"].split(",") if row["ips"] else [], str, "texts"),
     Field("publickey", "key"),
-    Field("endpoint", shown_endpoint, or_nothing(check_static, "")),
-    Field("listenport", "port", PORT, "port"),
+    Field("endpoint", shown_endpoint, OrNothing(check_static)),
+    Field("listenport", "port", PORT),
     Field("localaddress", "local"),
-    Field("isstatic", lambda row: bool(row["static"] or row["fixed"]), yes_no),
-    Field("persistentkeepalive", "keepalive", or_nothing(whole(0, 1000), None), "keepalive"),
-    Field("mtu", "mtu", or_nothing(whole(576, 9200), None)),
-    Field("dnson", "dns", yes_no),
-    Field("roaming", "roaming", yes_no),
-    Field("ipforwarding", "forwarding", yes_no),
-    Field("udpholepunch", "punch", yes_no, "hole-punch"),
-    Field("islocal", "is_local", yes_no),
-    Field("expdatetime", "expires", or_nothing(check_expiry, None), "expires"),
-    Field("ispending", lambda row: row["state"] == PENDING),
+    Field("isstatic", lambda row: bool(row["static"] or row["fixed"]), YES_NO),
+    Field("isstaticendpoint", lambda row: bool(row["static"]), YES_NO),
+    Field("isstaticport", "fixed", YES_NO),
+    Field("persistentkeepalive", "keepalive", OrNothing(KEEPALIVE_SECONDS, None)),
+    Field("mtu", "mtu", OrNothing(MTU_BYTES, None)),
+    Field("interface", "interface"),
+    Field("dnson", "dns", YES_NO),
+    Field("roaming", "roaming", YES_NO),
+    Field("ipforwarding", "forwarding", YES_NO),
+    Field("udpholepunch", "punch", YES_NO),
+    Field("islocal", "is_local", YES_NO),
+    Field("isdualstack", lambda row: bool(row["ip"] and row["ip6"]), None, "flag"),
+    Field(
+        "expdatetime",
+        lambda row: row["expires"] or 0,
+        lambda text: check_until(text) if text not in ("", "0") else None,
+        "number",
+    ),
+    Field("ispending", lambda row: row["state"] == PENDING, None, "flag"),
     Field("status", node_status),
-    Field("lastcheckin", "last_seen"),
-    Field("lastmodified", "modified"),
+    Field("lastcheckin", "last_seen", None, "number"),
+    Field("lastmodified", "modified", None, "number"),
+    Field("checkininterval", "interval", None, "number"),
     Field("os", "os"),
     Field("version", "version"),
     Field("observedendpoint", "at"),
     Field("rejected", "rejected"),
+    Field("isserver", lambda row: False, None, "flag"),
+    Field("saveconfig", lambda row: False, None, "flag"),
+    Field("pullchanges", lambda row: False, None, "flag"),
+    Field("action", lambda row: "noop"),
+    *(Field(name, lambda row: "") for name in ("password", "accesskey", "localrange")),
+    *(Field(name, lambda row: 0, None, "number") for name in ("lastpeerupdate", "keyupdatetimestamp")),
 )
-
+NEW_NODE = tuple(Field("publickey", "key", check_key) if field.name == "publickey" else field for field in NODE_FIELDS)
 KEY_FIELDS = (
-    Field("name", "name"),
+    Field("name", "name", Pattern("[A-Za-z0-9._-]{0,20}", "no name for a key: 1 to 20 letters, digits, '.', '_' or '-'")),
     Field("network", "network"),
-    Field("uses", "uses"),
-    Field("expiration", "expires"),
-    Field("created", "created"),
+    Field("uses", lambda row: row["uses"], check_uses, "number or null"),
+    Field("expiration", lambda row: row["expires"], OrNothing(check_until, None), "number or null"),
+    Field("created", "created", None, "number"),
+    *(Field(name, lambda row, name=name: row.get(name, "")) for name in ("value", "accessstring", "join")),  # type: ignore[misc]
 )
-
-NODE_COLUMNS = {"address": "ip", "address6": "ip6", "allowedips": "ips", "endpoint": "static"}
+USER_FIELDS = (
+    Field("username", "name", fold_user),
+    Field("password", "", check_password),
+    Field("networks", lambda row: row["networks"].split(",") if row["networks"] else [], check_names, "texts"),
+    Field("isadmin", "admin", TRUTH, "truth"),
+)
+OWN_USER_FIELDS = tuple(field if field.name == "password" else field._replace(check=None) for field in USER_FIELDS)
+SIGN_IN = (Field("username", "", str), Field("password", "", str), Field("setupcode", "", str))
+FIRST_ADMIN = (*USER_FIELDS[:2], SIGN_IN[2])
+TOKEN_FIELDS = (
+    Field("name", "name", check_token_name),
+    Field("scope", lambda row: "write" if row["write"] else "read", one_of("read", "write")),
+    Field("networks", lambda row: row["networks"].split(",") if row["networks"] else [], check_names, "texts"),
+    Field("expires", "expires", OrNothing(check_until, None), "number or null"),
+    Field("created", "created", None, "number"),
+    Field("value", lambda row: row.get("value", "")),
+)
+AUDIT_FIELDS = tuple(
+    Field(name, name, None, "number" if name == "time" else "")
+    for name in ("time", "who", "source", "network", "action", "target", "detail")
+)
+KEY_TAKES = (
+    *(KEY_FIELDS[0], KEY_FIELDS[2], KEY_FIELDS[3], Field("expires", "", OrNothing(check_until, None))),
+    *map(Field, ("value", "accessstring")),
+)
+NEW_NODE_COLUMNS = ("name", "key", "ip", "ip6", "ips", "static", "port", "keepalive", "mtu", "expires")
 BOOLEANS = frozenset(
     column for model in (Network, Node) for column, field in model._meta.fields.items() if isinstance(field, peewee.BooleanField)
 )
@@ -3209,8 +3779,12 @@ def view(row: Row, fields: Sequence[Field]) -> Row:
     """A row as JSON shows it."""
     shown = {}
     for field in fields:
+        if field.source == "":
+            continue
         value = field.source(row) if callable(field.source) else row[field.source]
-        if isinstance(value, bool) or field.source in BOOLEANS:
+        if field.kind == "truth":
+            value = bool(value)
+        elif isinstance(value, bool) or field.source in BOOLEANS:
             value = "yes" if value else "no"
         shown[field.name] = value
     return shown
@@ -3220,101 +3794,162 @@ def view_network(row: Row, settings: Settings) -> Row:
     return view({**row, "interval": row["interval"] or settings["CHECKIN_INTERVAL"]}, NETWORK_FIELDS)
 
 
-def view_node(row: Row, network: Row) -> Row:
+def view_node(row: Row, network: Row, settings: Settings) -> Row:
     """A node; what it has no value of its own for is the network's."""
     inherited = {name: network[name] for name in ("keepalive", "mtu") if row[name] is None}
-    shown = view({**row, **inherited}, NODE_FIELDS)
-    return {**shown, "interface": network["interface"]}
+    rest = {"interface": network["interface"], "interval": network["interval"] or settings["CHECKIN_INTERVAL"]}
+    return view({**row, **inherited, **rest}, NODE_FIELDS)
 
 
 def view_key(row: Row) -> Row:
     """An access key; the secret parts are in the row only when it was just made."""
-    shown = view(row, KEY_FIELDS)
-    if "accessstring" in row:
-        token = row["accessstring"]
-        shown.update(value=row["value"], accessstring=token, join=join_command(token))
-    return shown
+    return view({**row, "join": join_command(row["accessstring"])} if "accessstring" in row else row, KEY_FIELDS)
 
 
-def parse_fields(pairs: Iterable[str], fields: Sequence[Field], dashes: str = "") -> Row:
-    """{field name: value} of `key=value` words; unknown and read-only ones are refused. `dashes`: before names in errors."""
-    known = {name: field for field in fields if field.check for name in (field.name, field.short)}
+def as_words(value: Any) -> str:
+    """A member of a body as the text that checks read: numbers, booleans and lists of texts may come as what they are."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list) and all(isinstance(each, str) for each in value):
+        return ",".join(value)
+    if isinstance(value, str) and not re.search("[\ud800-\udfff\0]", value) and len(value) <= 4096:
+        return value
+    if isinstance(value, int) or (isinstance(value, float) and value.is_integer() and abs(value) < 1 << 53):
+        return str(int(value))
+    raise Invalid("takes a text, a number or a list of texts of at most 4096 characters, not %.40r" % (value,))
+
+
+def parse_fields(given: Mapping[str, Any], fields: Sequence[Field], shown: Mapping[str, Any] = MappingProxyType({})) -> Row:
+    """{field name: value} of the members of a body.
+
+    User interfaces send back whole objects: null, what is read-only, and what says the same as is `shown` is
+    not taken for a change. What the table does not know is refused by name.
+    """
+    known = {field.name: field for field in fields}
     found = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        field = known.get(name.lower())
-        if not equals and field:
-            raise Invalid("write %s=VALUE" % name)
-        if field is None or field.check is None:
-            names = ", ".join(sorted({field.name for field in known.values()}))
-            raise Invalid("%r cannot be set: KEY=VALUE with one of %s" % (pair, names))
+    for member, value in given.items():
+        name = member.lower()
+        field = known.get(name)
+        if field is None:
+            names = ", ".join(sorted(each.name for each in fields if each.check))
+            raise Invalid("there is no field %.40r here: there is %s" % (member, names))
+        if field.check is None or value is None or (name in shown and shown[name] == value):
+            continue
         try:
-            found[field.name] = field.check(value)
+            text = as_words(value)
+            if name not in shown or as_words(shown[name]) != text:
+                found[name] = field.check(text)
         except Invalid as bad:
-            between = " " if str(bad).startswith("takes ") else ": "
-            raise Invalid(dashes + name + between + str(bad)) from bad
+            raise Invalid("%s%s%s" % (name, " " if str(bad).startswith("takes ") else ": ", bad)) from bad
     return found
 
 
-def network_columns(values: Row) -> Row:
-    """Columns of a network from fields of its view."""
-    columns = {field.name: field.source for field in NETWORK_FIELDS}
-    return {str(columns[name]): value for name, value in values.items()}
-
-
-def node_columns(values: Row, node: Row) -> Row:
-    """Columns of a node from fields of its view. A port or endpoint that is set is static from then on."""
-    sources = {field.name: field.source for field in NODE_FIELDS}
-    columns = {}
+def columns(values: Row, fields: Sequence[Field], others: Mapping[str, str] = MappingProxyType({})) -> Row:
+    """Columns from fields; `others`: of fields that show more than a column."""
+    sources = {field.name: field.source for field in fields}
+    found = {}
     for name, value in values.items():
         source = sources[name]
-        columns[source if isinstance(source, str) else NODE_COLUMNS.get(name, name)] = value
-    static = columns.pop("isstatic", None)
+        found[others.get(name) or (source if isinstance(source, str) and source else name)] = value
+    return found
+
+
+NODE_COLUMNS = {"address": "ip", "address6": "ip6", "allowedips": "ips", "endpoint": "static", "expdatetime": "expires"}
+
+
+def node_columns(values: Row, node: Row, insisted: bool = False) -> Row:
+    """Columns of a node from fields of its view. Endpoint and port are taken where they are, or become, static.
+
+    `insisted`: isstatic was said again, so a changed endpoint or port is meant.
+    """
+    given = dict(values)
+    both = given.pop("isstatic", None)
+    fixed = given.pop("isstaticport", both)
+    static = given.pop("isstaticendpoint", both)
+    found = columns(given, NODE_FIELDS, NODE_COLUMNS)
+    if not (node["fixed"] or insisted if fixed is None else fixed):
+        found.pop("port", None)
+    if not (node["static"] or insisted if static is None else static):
+        found.pop("static", None)
     if static is False:
-        columns.update(static="", fixed=False)
+        found["static"] = ""
     elif static:
-        columns.setdefault("static", node["static"] or node["public"])
-        columns["fixed"] = True
-    if "port" in columns:
-        columns["fixed"] = True
-    return columns
+        found.setdefault("static", node["static"] or node["public"])
+    if fixed is not None or "port" in found:
+        found["fixed"] = fixed is not False
+    return found
 
 
 # --------------------------------------------------------------------------------------------------
 # ROUTES
 # --------------------------------------------------------------------------------------------------
-# Roles: "anyone"; "agent" proves itself by the line of its request, not by a session.
+# Roles: "anyone"; "agent" proves itself by the line of its request; the others have a bearer token:
+# "user" any, "network" one that has the network of the path, "self" the user of the path's, "admin".
+
+CALLER = "netmaker.caller"  # in the WSGI environment: who calls in this process; no header can be called that
+PER_PAGE = 1000
+CROSS_ORIGIN = {
+    "Access-Control-Allow-Methods": "GET, POST, PUT, DELETE",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type",
+    "Access-Control-Expose-Headers": "X-Total-Count",
+    "Access-Control-Max-Age": "600",
+    "Vary": "Origin",
+}
+
+
+class Call(NamedTuple):
+    """A request to a handler: by whom (in `core`), the path's parts, the body's members, the query."""
+
+    web: Web
+    core: Core
+    path: Mapping[str, str]
+    body: Row
+    query: Mapping[str, str]
+
+    @property
+    def network(self) -> Row:
+        return need_network(self.core, self.path["n"])
+
+    @property
+    def node(self) -> Row:
+        return need_node(self.core, self.path["n"], self.path["node"])
+
+    def show(self, node: Row) -> Row:
+        return view_node(node, need_network(self.core, node["network"]), self.core.settings)
+
+
+class Message(NamedTuple):
+    """An answer in the original's envelope."""
+
+    sentence: str
+    response: Any = None
 
 
 class Route(NamedTuple):
-    """One route: method, path, who may, and the name of the handler in Web."""
+    """One route: method, path, who may, what answers, the fields of its body, the kind of its answer, what a stranger hears.
+
+    `gives` is the name of an object of SCHEMAS, "[name]" for a list of them, or "" where the handler writes the answer itself.
+    """
 
     method: str
     path: str
     role: str
-    handler: str
-
-
-ROUTES = (
-    Route("GET", "/api/health", "anyone", "health"),
-    Route("GET", "/api/getip", "anyone", "getip"),
-    Route("GET", "/meshclient/files/netclient_lite.py", "anyone", "agent_file"),
-    Route("GET", agent.HELLO_PATH, "anyone", "hello"),
-    Route("POST", agent.JOIN_PATH, "agent", "join"),
-    Route("POST", agent.EXCHANGE_PATH, "agent", "exchange"),
-    Route("GET", agent.LOOK_PATH + "<capability>", "agent", "look"),
-)
+    handler: Callable[..., Any]
+    takes: Sequence[Field] = ()
+    gives: str = ""
+    refusal: str = ""
 
 
 class Web:
-    """The handlers: parse, act, answer."""
+    """The border to HTTP: where a request comes from, who sends it, its body, the answer's form."""
 
     def __init__(self, agents: Agents) -> None:
-        self.agents = agents
+        self.agents, self.core = agents, agents.core
         self.trusted = agents.core.settings["TRUSTED_PROXIES"]
+        self.origins = agents.core.settings["CORS_ALLOWED_ORIGIN"].replace(",", " ").split()
+        self.sources, self.names = Failures(10, 1 / 30), Failures(60, 1 / 10)  # of signing in
+        self.openapi: Callable[[], Row] = dict
         self._sources: dict[str, str] = {}
-
-    # ---- border
 
     def source(self) -> str:
         """The address that a request came from; proxies are asked only where they are trusted."""
@@ -3349,11 +3984,11 @@ class Web:
         return any(parsed.version == block.version and parsed in block for block in self.trusted)
 
     @staticmethod
-    def body() -> bytes:
+    def body(limit: int) -> bytes:
         environ = bottle.request.environ
         length = environ.get("CONTENT_LENGTH") or "0"
-        if not length.isdigit() or int(length) > MAX_BODY:
-            raise TooLarge("the body is larger than %d bytes" % MAX_BODY)
+        if not length.isdigit() or int(length) > limit:
+            raise TooLarge("the body is larger than %d bytes" % limit)
         return bytes(environ["wsgi.input"].read(int(length))) if int(length) else b""
 
     @staticmethod
@@ -3368,7 +4003,89 @@ class Web:
             response.content_type = kind
         return reply.body
 
-    # ---- handlers
+    def caller(self, route: Route, path: Mapping[str, str]) -> Caller:
+        """Who asks; a sentence where the route's role is not his."""
+        if route.role == "nobody":
+            raise Denied(route.refusal)
+        environ = bottle.request.environ
+        found: Caller | None = environ.get(CALLER)
+        kind, _, bearer = environ.get("HTTP_AUTHORIZATION", "").partition(" ")
+        if found is None and route.role != "anyone":
+            if kind.lower() != "bearer" or not bearer.strip():
+                raise Denied(route.refusal) if route.refusal else Unknown("this needs a bearer token: sign in")
+            found = caller_of(self.core, bearer.strip(), self.source())
+        if found is None:
+            return Caller("nobody", self.source(), frozenset(), False)
+        if not found.may_write and route.method != "GET":
+            raise Denied("this API token may only read")
+        own = found.networks is None
+        if route.role == "network":
+            own = found.may(path["n"])
+        elif route.role == "self":  # not by an API token: one with fewer rights could make one with more
+            own = own or (found.name == path["u"].lower() and not found.token)
+        elif route.role == "user":
+            own = True
+        if not own and route.role != "anyone":
+            raise Denied("%s may not do this: an administrator can" % found.name)
+        return found
+
+    def fields(self, route: Route) -> Row:
+        """The members of a body."""
+        if not route.takes:
+            return {}
+        body = self.body(MAX_BODY if route.role != "anyone" else MAX_UNPROVEN)
+        return read_json(body)
+
+    def handler(self, route: Route) -> Callable[..., Any]:
+        """What a route's requests are answered by."""
+        if route.role == "agent" or (route.role == ANY and not route.gives):
+            return partial(route.handler, self)
+        return lambda **path: self.answer(route, path)
+
+    def answer(self, route: Route, path: Mapping[str, str]) -> Any:
+        """Admit, parse, act, show."""
+        core = self.core.by(self.caller(route, path))
+        body = self.fields(route)
+        query = {name: bottle.request.query.getunicode(name) or "" for name in bottle.request.query}
+        found = route.handler(Call(self, core, path, body, query))
+        if isinstance(found, Message):
+            found = {"Code": 200, "Message": found.sentence, "Response": found.response}
+        if not route.gives:
+            return found
+        if route.gives.startswith("["):
+            found = self.page(found, query)
+        return self.send(Reply(200, dump(found)), "application/json")
+
+    @staticmethod
+    def page(rows: list[Any], query: Mapping[str, str]) -> list[Any]:
+        """The rows that are asked for; all without ?page= or ?per_page=."""
+        bottle.response.set_header("X-Total-Count", str(len(rows)))
+        if "page" not in query and "per_page" not in query:
+            return rows
+        size = Whole(1, PER_PAGE)(query.get("per_page", "100"))
+        first = (Whole(1, 1 << 31)(query.get("page", "1")) - 1) * size
+        return rows[first : first + size]
+
+    def at_home(self) -> bool:
+        """Whether a request comes from this very host, and not through a proxy on it, nor from a page under a foreign name."""
+        environ = bottle.request.environ
+        through = any(name.startswith(("HTTP_FORWARDED", "HTTP_X_FORWARDED", "HTTP_VIA")) for name in environ)
+        peer, host = self._canonical(environ.get("REMOTE_ADDR", "")), environ.get("HTTP_HOST", "")
+        name = re.sub(r":\d+$", "", host).strip("[]")
+        return not through and is_loopback(peer) and (name == "localhost" or is_loopback(name))
+
+    def cross_origin(self) -> dict[str, str]:
+        """What a browser wants to hear before a page from elsewhere may call this."""
+        origin = bottle.request.get_header("Origin", "")
+        if not origin or not {"*", origin}.intersection(self.origins):
+            return {}
+        return {**CROSS_ORIGIN, "Access-Control-Allow-Origin": "*" if "*" in self.origins else origin}
+
+    def preflight(self) -> None:
+        if bottle.request.method == "OPTIONS":
+            raise bottle.HTTPResponse(status=204, headers=self.cross_origin())
+
+    # ---- the agents' half, files, and what anybody may ask
 
     def health(self) -> bytes:
         self.agents.core.store.meta("schema")
@@ -3388,11 +4105,11 @@ class Web:
 
     def join(self) -> bytes:
         line = bottle.request.environ.get("HTTP_NM_LITE", "")
-        return self.send(self.agents.join(line, self.body(), self.source()), "application/octet-stream")
+        return self.send(self.agents.join(line, self.body(MAX_BODY), self.source()), "application/octet-stream")
 
     def exchange(self) -> bytes:
         line = bottle.request.environ.get("HTTP_NM_LITE", "")
-        reply = self.agents.exchange(line, self.body(), self.source())
+        reply = self.agents.exchange(line, self.body(MAX_BODY), self.source())
         return self.send(reply, "application/octet-stream")
 
     def look(self, capability: str) -> bytes:
@@ -3401,6 +4118,459 @@ class Web:
         seconds = float(wait) if re.fullmatch("[0-9]{1,3}", wait) else 0.0
         reply = self.agents.look(capability, query.get("have", "-"), self.source(), seconds)
         return self.send(reply, "text/plain")
+
+
+def is_loopback(text: str) -> bool:
+    try:
+        return ipaddress.ip_address(text).is_loopback
+    except ValueError:
+        return False
+
+
+# ---- networks
+
+
+def get_networks(call: Call) -> Any:
+    found = [row for row in networks(call.core) if call.core.caller.may(row["id"])]
+    return [view_network(row, call.core.settings) for row in found]
+
+
+def new_network(call: Call) -> Any:
+    values = columns(parse_fields(call.body, NETWORK_FIELDS), NETWORK_FIELDS)
+    if "id" not in values:
+        raise Invalid("netid is missing: a network needs a name")
+    return view_network(add_network(call.core, values.pop("id"), values), call.core.settings)
+
+
+def get_network(call: Call) -> Any:
+    return view_network(call.network, call.core.settings)
+
+
+def put_network(call: Call) -> Any:
+    shown = view_network(call.network, call.core.settings)
+    values = columns(parse_fields(call.body, NETWORK_FIELDS, shown), NETWORK_FIELDS)
+    if "id" in values:
+        raise Invalid("netid: a network keeps its name; make another network instead")
+    return view_network(set_network(call.core, call.path["n"], values), call.core.settings)
+
+
+def delete_network(call: Call) -> Any:
+    return Message("network %s deleted" % remove_network(call.core, call.path["n"])["id"])
+
+
+def graph(call: Call) -> Any:
+    """Who sees whom, as the nodes last reported it."""
+    shown = [call.show(row) for row in nodes(call.core, call.path["n"])]
+    links = call.core.store.rows("SELECT observer, node, endpoint FROM observed WHERE network = ?", (call.network["id"],))
+    ends = [{"from": one, "to": other, "endpoint": place, "handshake": bool(place)} for one, other, place in links]
+    return {"nodes": [{name: row[name] for name in ("id", "name", "address", "status")} for row in shown], "links": ends}
+
+
+# ---- access keys
+
+
+def get_keys(call: Call) -> Any:
+    return [view_key(row) for row in access_keys(call.core, call.path["n"])]
+
+
+def new_key(call: Call) -> Any:
+    values = parse_fields(call.body, KEY_TAKES)
+    end = values.get("expires") or values.get("expiration")
+    lifetime = end - int(time.time()) if end else None
+    if lifetime is not None and lifetime <= 0:
+        raise Invalid("expires: that time is over")
+    return view_key(add_key(call.core, call.path["n"], values.get("name", ""), values.get("uses", 1), lifetime))
+
+
+def delete_key(call: Call) -> Any:
+    name = remove_key(call.core, call.path["n"], call.path["name"])["name"]
+    return Message("key %s deleted: nobody can join with it any more" % name)
+
+
+def signup_token(call: Call) -> Any:
+    network = call.network
+    if not network["manual"]:
+        raise Clash("%s takes no node without a key: set allowmanualsignup to yes first" % network["id"])
+    token = agent.make_token(agent.Token(server_urls(call.core), call.core.key.pin, network["id"], ""))
+    row = {"name": "", "network": network["id"], "uses": None, "expires": None, "created": call.core.now}
+    return view_key({**row, "accessstring": token})
+
+
+# ---- nodes
+
+
+def get_nodes(call: Call) -> Any:
+    names = [call.path["n"]] if "n" in call.path else [row["id"] for row in networks(call.core)]
+    shown = ((need_network(call.core, name), nodes(call.core, name)) for name in names if call.core.caller.may(name))
+    return [view_node(row, network, call.core.settings) for network, rows in shown for row in rows]
+
+
+def new_node(call: Call) -> Any:
+    values = columns(parse_fields(call.body, NEW_NODE), NODE_FIELDS, NODE_COLUMNS)
+    taken = {name: value for name, value in values.items() if name in NEW_NODE_COLUMNS}
+    taken["fixed"] = "port" in taken
+    return call.show(add_node(call.core, call.path["n"], {**taken, "name": taken.get("name", "node")}))
+
+
+def get_node(call: Call) -> Any:
+    row = call.node
+    sql = "SELECT node.name, observed.endpoint FROM observed JOIN node ON node.id = observed.observer WHERE observed.node = ?"
+    return {**call.show(row), "seenby": dict(call.core.store.rows(sql, (row["id"],)))}
+
+
+def put_node(call: Call) -> Any:
+    row = call.node
+    values = parse_fields(call.body, NODE_FIELDS, call.show(row))
+    insisted = as_words(call.body.get("isstatic") or "no").lower() == "yes"
+    return call.show(set_node(call.core, row, node_columns(values, row, insisted)))
+
+
+def delete_node(call: Call) -> Any:
+    return Message("node %s deleted." % remove_node(call.core, call.node)["name"])
+
+
+def approve_node(call: Call) -> Any:
+    approve(call.core, call.node)
+    return "SUCCESS"
+
+
+def node_handler(action: Callable[[Core, Row], Row]) -> Callable[[Call], Any]:
+    """A handler that does one thing to one node."""
+    return lambda call: call.show(action(call.core, call.node))
+
+
+def last_modified(call: Call) -> Any:
+    return call.network["nodes_modified"]
+
+
+# ---- users
+
+
+def show_user(row: Row) -> Row:
+    return view(row, USER_FIELDS)
+
+
+def get_users(call: Call) -> Any:
+    return [show_user(row) for row in users(call.core)]
+
+
+def get_user(call: Call) -> Any:
+    return show_user(need_user(call.core, call.path["u"]))
+
+
+def new_user(call: Call) -> Any:
+    values = columns(parse_fields(call.body, USER_FIELDS), USER_FIELDS)
+    if values.setdefault("name", fold_user(call.path["u"])) != call.path["u"].lower():
+        raise Invalid("username: the path says %s" % call.path["u"])
+    return show_user(add_user(call.core, values))
+
+
+def put_user(call: Call) -> Any:
+    """An administrator changes anybody, a user the own password."""
+    old = need_user(call.core, call.path["u"])
+    fields = USER_FIELDS if call.core.caller.networks is None else OWN_USER_FIELDS
+    values = columns(parse_fields(call.body, fields, show_user(old)), USER_FIELDS)
+    if "name" in values:
+        raise Invalid("username: a user keeps the name; make another user instead")
+    return show_user(set_user(call.core, old["name"], values))
+
+
+def delete_user(call: Call) -> Any:
+    return Message("user %s deleted" % remove_user(call.core, call.path["u"])["name"])
+
+
+def get_has_admin(call: Call) -> Any:
+    return has_admin(call.core)
+
+
+def create_admin(call: Call) -> Any:
+    now, source = call.core.clock(), call.core.caller.source
+    call.web.sources.check(now, source)
+    values = parse_fields(call.body, FIRST_ADMIN)
+    code = values.pop("setupcode", "")
+    try:
+        return show_user(add_first_admin(call.core, columns(values, USER_FIELDS), call.web.at_home(), code))
+    except Denied:
+        call.web.sources.add(now, source)
+        raise
+
+
+def authenticate(call: Call) -> Any:
+    values = parse_fields(call.body, SIGN_IN)
+    name, password = values.get("username", "").lower(), values.get("password", "")
+    now, source = call.core.clock(), call.core.caller.source
+    call.web.sources.check(now, source)
+    call.web.names.check(now, name)
+    try:
+        session = sign_in(call.core, name, password)
+    except Unknown:
+        call.web.sources.add(now, source)
+        call.web.names.add(now, name)
+        raise
+    return Message("signed in until %d" % session["expires"], {"UserName": name, "AuthToken": session["value"]})
+
+
+def log_out(call: Call) -> Any:
+    if call.core.caller.token:
+        raise Clash("an API token is not signed in: delete it instead")
+    sign_out(call.core)
+    return Message("signed out")
+
+
+def get_tokens(call: Call) -> Any:
+    return [view(row, TOKEN_FIELDS) for row in api_tokens(call.core, call.path["u"])]
+
+
+def new_token(call: Call) -> Any:
+    values = parse_fields(call.body, TOKEN_FIELDS)
+    write = values.pop("scope", "write") == "write"
+    return view(add_api_token(call.core, call.path["u"], {**values, "write": write}), TOKEN_FIELDS)
+
+
+def delete_token(call: Call) -> Any:
+    remove_api_token(call.core, call.path["u"], call.path["name"])
+    return Message("token %s deleted" % call.path["name"])
+
+
+# ---- the server
+
+
+def get_audit(call: Call) -> Any:
+    since = call.query.get("since", "")
+    start = call.core.now - check_lifetime(since) if since and not since.isdigit() else int(since or "0")
+    return [view(row, AUDIT_FIELDS) for row in audit(call.core, call.query.get("network", ""), start)]
+
+
+def host_network(hosted: bool) -> Callable[[Call], Any]:
+    """The server's host joins or leaves a network: its agent does, the server itself starts nothing as root."""
+
+    def handler(call: Call) -> Any:
+        name = set_network(call.core, call.path["n"], {"hosted": hosted})["id"]
+        return Message("the agent of the server's host %s %s when it looks there" % ("joins" if hosted else "leaves", name))
+
+    return handler
+
+
+def get_config(call: Call) -> Any:
+    """The settings under the names that the original's configuration has."""
+    settings = call.core.settings
+    url = server_urls(call.core)[0]
+    host = agent.split_url(url)[1]
+    return {
+        "APIConnString": url.partition("://")[2],
+        "APIHost": host,
+        "APIPort": str(settings["API_PORT"]),
+        "MasterKey": "(hidden)",
+        "AllowedOrigin": settings["CORS_ALLOWED_ORIGIN"],
+        "RestBackend": settings["REST_BACKEND"],
+        "AgentBackend": settings["AGENT_BACKEND"],
+        "DefaultNodeLimit": settings["DEFAULT_NODE_LIMIT"],
+        "Database": settings["DATABASE"],
+        "CheckinInterval": str(settings["CHECKIN_INTERVAL"]),
+        "Verbosity": settings["VERBOSITY"],
+        "Version": __version__,
+        "Platform": "linux",
+    }
+
+
+def _statuses(call: Call) -> Iterator[Row]:
+    """Network, name, last contact and status of each node that the caller may see."""
+    for network in networks(call.core):
+        if call.core.caller.may(network["id"]):
+            sql = "SELECT name, state, auth, last_seen FROM node WHERE network = ? AND state != 'removed'"
+            interval = network["interval"] or call.core.settings["CHECKIN_INTERVAL"]
+            for row in call.core.store.rows(sql, (network["id"],)):
+                known = dict(zip(("name", "state", "auth", "last_seen"), row), interval=interval)
+                yield {**known, "network": network["id"], "status": node_status(known)}
+
+
+def status(call: Call) -> Any:
+    """How the server does, in the networks that the caller has."""
+    core, bell, found = call.core, call.web.agents.bell, [row["status"] for row in _statuses(call)]
+    return {
+        "version": __version__, "incarnation": core.store.incarnation, "pin": b64(core.key.pin),
+        "uptime": core.now - call.web.core.started, "time": core.now, "urls": list(server_urls(core)),
+        "networks": sum(core.caller.may(row["id"]) for row in networks(core)), "nodes": len(found),
+        "status": {each: found.count(each) for each in sorted(set(found))}, "schema": SCHEMA,
+        "database": core.settings["DATABASE"], "polls": bell.parked, "poll_limit": bell.limit,
+    }  # fmt: skip
+
+
+def metrics(call: Call) -> Any:
+    """The same for Prometheus."""
+    try:
+        import prometheus_client as prometheus
+    except ImportError as missing:
+        raise Busy(
+            "metrics need prometheus_client, which is not installed on the server: pip install prometheus_client"
+        ) from missing
+    registry = prometheus.CollectorRegistry()
+
+    def gauge(name: str, what: str, *labels: str) -> Any:
+        return prometheus.Gauge("netmaker_lite_" + name, what, labels, registry=registry)
+
+    found = status(call)
+    gauge("info", "What runs here", "version", "schema").labels(found["version"], found["schema"]).set(1)
+    for name, what in GAUGES.items():
+        gauge(name, what).set(found[name])
+    revision = gauge("revision", "Changes that a network has had", "network")
+    by_status = gauge("nodes", "Nodes of a network by their status", "network", "status")
+    seen = gauge("node_last_seen_seconds", "When a node was last heard of, unix time", "network", "node")
+    for row in networks(call.core):
+        revision.labels(row["id"]).set(row["counter"])
+    for row in _statuses(call):
+        by_status.labels(row["network"], row["status"]).inc()
+        seen.labels(row["network"], row["name"]).set(row["last_seen"])
+    return call.web.send(Reply(200, prometheus.generate_latest(registry)), "text/plain; version=0.0.4")
+
+
+GAUGES = {
+    "uptime": "Seconds since the start",
+    "networks": "Networks",
+    "polls": "Long-polls held",
+    "poll_limit": "Long-polls that may be held",
+}
+
+
+def openapi(call: Call) -> Any:
+    """This API for machines; made when asked for, since it takes half a megabyte."""
+    return call.web.openapi()
+
+
+# ---- the table
+
+ANY, USER, MINE, SELF, ADMIN = "anyone", "user", "network", "self", "admin"
+NET, NODES, USERS = "/api/networks", "/api/nodes/<n>", "/api/users"
+A_NODE = NODES + "/<node>"
+NOT_AGENTS = (
+    "agents of this server join with a token (netclient_lite.py join -t …); with a user's bearer token this makes a node by hand"
+)
+ROUTES = (
+    Route("GET", "/api/health", ANY, Web.health),
+    Route("GET", "/api/getip", ANY, Web.getip),
+    Route("GET", "/meshclient/files/netclient_lite.py", ANY, Web.agent_file),
+    Route("GET", agent.HELLO_PATH, "agent", Web.hello),
+    Route("POST", agent.JOIN_PATH, "agent", Web.join),
+    Route("POST", agent.EXCHANGE_PATH, "agent", Web.exchange),
+    Route("GET", agent.LOOK_PATH + "<capability>", "agent", Web.look),
+    Route("GET", NET, USER, get_networks, (), "[Network]"),
+    Route("POST", NET, ADMIN, new_network, NETWORK_FIELDS, "Network"),
+    Route("GET", NET + "/<n>", MINE, get_network, (), "Network"),
+    Route("PUT", NET + "/<n>", ADMIN, put_network, NETWORK_FIELDS, "Network"),
+    Route("PUT", NET + "/<n>/nodelimit", ADMIN, put_network, NETWORK_FIELDS, "Network"),
+    Route("DELETE", NET + "/<n>", ADMIN, delete_network, (), "message"),
+    Route("GET", NET + "/<n>/graph", MINE, graph, (), "object"),
+    Route("GET", NET + "/<n>/keys", MINE, get_keys, (), "[AccessKey]"),
+    Route("POST", NET + "/<n>/keys", MINE, new_key, KEY_TAKES, "AccessKey"),
+    Route("DELETE", NET + "/<n>/keys/<name>", MINE, delete_key, (), "message"),
+    Route("GET", NET + "/<n>/signuptoken", MINE, signup_token, (), "AccessKey"),
+    Route("GET", "/api/nodes", USER, get_nodes, (), "[Node]"),
+    Route("GET", "/api/nodes/adm/<n>/lastmodified", MINE, last_modified, (), "number"),
+    Route("POST", "/api/nodes/adm/<n>/authenticate", "nobody", last_modified, (), "message", NOT_AGENTS),
+    Route("GET", NODES, MINE, get_nodes, (), "[Node]"),
+    Route("POST", NODES, MINE, new_node, NEW_NODE, "Node", NOT_AGENTS),
+    Route("GET", A_NODE, MINE, get_node, (), "Node"),
+    Route("PUT", A_NODE, MINE, put_node, NODE_FIELDS, "Node"),
+    Route("DELETE", A_NODE, MINE, delete_node, (), "message"),
+    Route("POST", A_NODE + "/approve", MINE, approve_node, (), "text"),
+    Route("POST", A_NODE + "/reject", MINE, node_handler(reject), (), "message"),
+    Route("POST", A_NODE + "/disable", MINE, node_handler(disable), (), "Node"),
+    Route("POST", A_NODE + "/enable", MINE, node_handler(enable), (), "Node"),
+    Route("GET", USERS + "/adm/hasadmin", ANY, get_has_admin, (), "truth"),
+    Route("POST", USERS + "/adm/createadmin", ANY, create_admin, FIRST_ADMIN, "User"),
+    Route("POST", USERS + "/adm/authenticate", ANY, authenticate, SIGN_IN, "message"),
+    Route("POST", USERS + "/adm/logout", USER, log_out, (), "message"),
+    Route("PUT", USERS + "/networks/<u>", ADMIN, put_user, USER_FIELDS, "User"),
+    Route("GET", USERS, ADMIN, get_users, (), "[User]"),
+    Route("GET", USERS + "/<u>", SELF, get_user, (), "User"),
+    Route("POST", USERS + "/<u>", ADMIN, new_user, USER_FIELDS, "User"),
+    Route("PUT", USERS + "/<u>", SELF, put_user, USER_FIELDS, "User"),
+    Route("PUT", USERS + "/<u>/adm", ADMIN, put_user, USER_FIELDS, "User"),
+    Route("DELETE", USERS + "/<u>", ADMIN, delete_user, (), "message"),
+    Route("GET", USERS + "/<u>/tokens", SELF, get_tokens, (), "[Token]"),
+    Route("POST", USERS + "/<u>/tokens", SELF, new_token, TOKEN_FIELDS, "Token"),
+    Route("DELETE", USERS + "/<u>/tokens/<name>", SELF, delete_token, (), "message"),
+    Route("GET", "/api/audit", USER, get_audit, (), "[Audit]"),
+    Route("POST", "/api/server/addnetwork/<n>", ADMIN, host_network(True), (), "message"),
+    Route("DELETE", "/api/server/removenetwork/<n>", ADMIN, host_network(False), (), "message"),
+    Route("GET", "/api/server/getconfig", USER, get_config, (), "object"),
+    Route("GET", "/api/server/status", USER, status, (), "object"),
+    Route("GET", "/metrics", ADMIN, metrics),
+    Route("GET", "/api/openapi.json", ANY, openapi, (), "object"),
+)
+
+
+# --------------------------------------------------------------------------------------------------
+# OPENAPI
+# --------------------------------------------------------------------------------------------------
+
+SCHEMAS: dict[str, Sequence[Field]] = {
+    "Network": NETWORK_FIELDS, "AccessKey": KEY_FIELDS, "Node": NODE_FIELDS, "User": USER_FIELDS, "Token": TOKEN_FIELDS,
+    "Audit": AUDIT_FIELDS,
+}  # fmt: skip
+MESSAGE: Row = {"type": "object", "properties": {"Code": {"type": "integer"}, "Message": TEXT}, "required": ["Code", "Message"]}
+PLAIN = {"message": MESSAGE, "object": KINDS["object"], "text": TEXT, "number": KINDS["number"], "truth": KINDS["truth"]}
+PROBLEMS = {
+    400: "bad input", 401: "who are you?", 403: "not yours", 404: "none such", 409: "something else is there, or in the way",
+    410: "used up", 413: "too large", 429: "slow down", 503: "not now",
+}  # fmt: skip
+
+
+def field_schema(field: Field) -> Row:
+    found: Row = KINDS[field.kind] if field.kind else getattr(field.check, "schema", TEXT)
+    return KINDS["flag"] if field.source in BOOLEANS else found
+
+
+def body_schema(fields: Sequence[Field]) -> Row:
+    """Of a body: what is read-only is ignored, numbers and lists may come as texts too."""
+    return {"type": "object", "properties": {field.name: {} if field.check is None else field_schema(field) for field in fields}}
+
+
+def answer_schema(gives: str) -> Row:
+    name = gives.strip("[]")
+    one = PLAIN.get(name) or {"$ref": "#/components/schemas/" + name}
+    return {"type": "array", "items": one} if gives.startswith("[") else one
+
+
+def operation(route: Route) -> Row:
+    """One route as OpenAPI has it."""
+    names = re.findall("<([a-z]+)>", route.path)
+    kind = "application/json" if route.gives else "application/octet-stream" if route.role == "agent" else "*/*"
+    good: Row = {"description": "done"}
+    if route.gives:
+        good["content"] = {kind: {"schema": answer_schema(route.gives)}}
+    found: Row = {
+        "operationId": (route.method + re.sub("[^a-z]+", "_", route.path)).lower(),
+        "tags": [route.role],
+        "summary": " ".join((route.handler.__doc__ or route.handler.__name__.replace("_", " ")).split("\n")[0].split()),
+        "parameters": [{"name": name, "in": "path", "required": True, "schema": TEXT} for name in names],
+        "responses": {"200": good},
+    }
+    if route.gives.startswith("["):
+        found["parameters"] += [
+            {"name": name, "in": "query", "schema": {"type": "integer", "minimum": 1}} for name in ("page", "per_page")
+        ]
+    if route.takes:
+        found["requestBody"] = {"content": {"application/json": {"schema": body_schema(route.takes)}}}
+    if route.role in (USER, MINE, SELF, ADMIN):
+        found["security"] = [{"bearer": []}]
+    found["responses"].update({str(number): {"$ref": "#/components/responses/%d" % number} for number in PROBLEMS})
+    return found
+
+
+def openapi_of(routes: Iterable[Route]) -> Row:
+    """The routes as an OpenAPI 3.1 document."""
+    paths: dict[str, Row] = {}
+    for route in routes:
+        paths.setdefault(re.sub("<([a-z]+)>", r"{\1}", route.path), {})[route.method.lower()] = operation(route)
+    schemas = {
+        name: {"type": "object", "properties": {field.name: field_schema(field) for field in fields if field.source != ""}}
+        for name, fields in SCHEMAS.items()
+    }
+    about = {"title": "netmaker-lite", "version": __version__, "license": {"name": "Apache-2.0"}}
+    errors = {str(n): {"description": what, "content": {"application/json": {"schema": MESSAGE}}} for n, what in PROBLEMS.items()}
+    parts = {"schemas": schemas, "responses": errors, "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}}
+    return {"openapi": "3.1.0", "info": about, "paths": paths, "components": parts}
 
 
 def json_error(code: int, sentence: str) -> bytes:
@@ -3416,6 +4586,8 @@ def expected_failures(handler: Callable[..., Any]) -> Callable[..., Any]:
             return handler(*args, **named)
         except (ServerError, Invalid) as problem:
             status = http_status(problem)
+            if status == 401:
+                bottle.response.set_header("WWW-Authenticate", "Bearer")
             return Web.send(Reply(status, json_error(status, str(problem))), "application/json")
         except peewee.OperationalError as problem:
             log.error("database: %s", problem)
@@ -3428,9 +4600,14 @@ def make_app(agents: Agents) -> Any:
     """The WSGI application: every route of the table, every error as JSON."""
     app = bottle.Bottle()
     web = Web(agents)
+    settings = agents.core.settings
     for route in ROUTES:
-        handler = expected_failures(getattr(web, route.handler))
-        app.route(route.path, route.method, handler, name=route.handler, role=route.role)
+        half = settings["AGENT_BACKEND" if route.role == "agent" else "REST_BACKEND"]
+        if half == "on" or (route.role == "anyone" and not route.gives):
+            app.route(route.path, route.method, expected_failures(web.handler(route)), role=route.role)
+    web.openapi = partial(openapi_of, ROUTES)
+    app.add_hook("before_request", web.preflight)
+    app.add_hook("after_request", lambda: bottle.response.headers.update(web.cross_origin()))
 
     def unexpected(problem: Any) -> str:
         problem.content_type = "application/json"
@@ -3483,12 +4660,27 @@ class _Threading(socketserver.ThreadingMixIn):
     daemon_threads = True
 
 
-def waitress_server(app: Any, sock: socket.socket, polls: int) -> Any:
+def waitress_server(app: Any, socks: Sequence[socket.socket], polls: int) -> Any:
+    import waitress.channel
     import waitress.server
+    import waitress.task
 
+    class Refusal(waitress.task.ErrorTask):  # type: ignore[misc]
+        """What waitress refuses by itself, in our form."""
+
+        def execute(self) -> None:
+            problem = self.request.error
+            body = json_error(problem.code, "%s: %s" % (problem.reason, problem.body))
+            self.status = "%d %s" % (problem.code, problem.reason)
+            self.response_headers += [("Content-Type", "application/json"), ("Connection", "close")]
+            self.close_on_finish = True
+            self.content_length = len(body)
+            self.write(body)
+
+    waitress.channel.HTTPChannel.error_task_class = Refusal
     return waitress.server.create_server(
         app,
-        sockets=[sock],
+        sockets=list(socks),
         threads=polls + 8,  # parked polls can take no more than their part
         connection_limit=polls + 1000,
         asyncore_use_poll=True,  # select() ends at descriptor 1023
@@ -3500,18 +4692,24 @@ def waitress_server(app: Any, sock: socket.socket, polls: int) -> Any:
     )
 
 
-def run_waitress(app: Any, sock: socket.socket, polls: int) -> None:
-    waitress_server(app, sock, polls).run()
+def run_waitress(app: Any, socks: Sequence[socket.socket], polls: int) -> None:
+    waitress_server(app, socks, polls).run()
 
 
-def run_gevent(app: Any, sock: socket.socket, polls: int) -> None:
+def run_gevent(app: Any, socks: Sequence[socket.socket], polls: int) -> None:
     import gevent.pywsgi
 
-    gevent.pywsgi.WSGIServer(sock, app, log=None).serve_forever()
+    first, *others = (gevent.pywsgi.WSGIServer(sock, app, log=None) for sock in socks)
+    for other in others:
+        other.start()
+    first.serve_forever()
 
 
-def run_wsgiref(app: Any, sock: socket.socket, polls: int) -> None:
+def run_wsgiref(app: Any, socks: Sequence[socket.socket], polls: int) -> None:
     """The standard library's server with a thread for each request."""
+    for sock in socks[1:]:
+        threading.Thread(target=run_wsgiref, args=(app, [sock], polls), daemon=True).start()
+    sock = socks[0]
     from wsgiref.simple_server import ServerHandler, WSGIRequestHandler, WSGIServer
 
     class Quiet(WSGIRequestHandler):
@@ -3537,7 +4735,7 @@ def run_wsgiref(app: Any, sock: socket.socket, polls: int) -> None:
 BACKENDS = {"waitress": run_waitress, "gevent": run_gevent, "wsgiref": run_wsgiref}
 
 
-def backend(settings: Settings) -> Callable[[Any, socket.socket, int], None]:
+def backend(settings: Settings) -> Callable[[Any, Sequence[socket.socket], int], None]:
     """The web server to run on: the one that is asked for, or what there is instead, with a word."""
     name = settings["SERVER_BACKEND"]
     if name == "gevent" and "gevent.monkey" not in sys.modules:
@@ -3579,7 +4777,8 @@ class Housekeeping:
         rounds = 0
         while not self.stopped.wait(HOUSEKEEPING):
             rounds += 1
-            for task in (self.agents.flush, self.agents.settle_due, partial(sweep, self.agents.core)):
+            core = self.agents.core
+            for task in (self.agents.flush, self.agents.settle_due, partial(sweep, core), partial(forget_audit, core)):
                 try:
                     task()
                 except Exception as problem:  # whatever it is, the next round is needed
@@ -3614,25 +4813,30 @@ def serve(settings: Settings, out: Callable[[str], None], new_key: bool = False)
     try:
         limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
-        with listener(settings["SERVER_BIND"], settings["API_PORT"]) as sock:
+        with ExitStack() as open_:
+            ports = dict.fromkeys(filter(None, (settings["API_PORT"], settings["GRPC_PORT"])))
+            socks = [open_.enter_context(listener(settings["SERVER_BIND"], port)) for port in ports]
             if new_key:
                 out("a new key; access keys that the old one sealed, removed: %d" % give_up_key(settings))
-            _serve(open_core(settings), sock, run, out)
+            _serve(open_core(settings), socks, run, out)
     finally:
         os.close(held)
 
 
-def _serve(core: Core, sock: socket.socket, run: Callable[..., None], out: Callable[[str], None]) -> None:
+def _serve(core: Core, socks: Sequence[socket.socket], run: Callable[..., None], out: Callable[[str], None]) -> None:
     core.store.set_meta("urls", " ".join(own_urls(core.settings)))
     agents = Agents(core, Sight(core.settings))
     keeper = Housekeeping(agents)
     signal.signal(signal.SIGTERM, _terminate)
-    out("listening on %s" % endpoint(*sock.getsockname()[:2]))
+    out("listening on %s" % " and ".join(endpoint(*sock.getsockname()[:2]) for sock in socks))
     out("agents reach it at %s" % core.store.meta("urls"))
     out("its key (pin): %s" % b64(core.key.pin))
+    code = new_setup_code(core)
+    if code:
+        out("no administrator yet; the setup code for the first one: %s" % code)
     keeper.start()
     try:
-        run(make_app(agents), sock, core.settings["POLL_LIMIT"])
+        run(make_app(agents), socks, core.settings["POLL_LIMIT"])
     except (KeyboardInterrupt, SystemExit):
         pass
     finally:
@@ -3645,21 +4849,11 @@ def _serve(core: Core, sock: socket.socket, run: Callable[..., None], out: Calla
 # --------------------------------------------------------------------------------------------------
 
 
-CALLER = "netmaker.caller"  # in a WSGI environ; HTTP cannot put it there
-
-
-class Caller(NamedTuple):
-    """Who calls from within this process: an administrator, by right of reading the data folder."""
-
-    name: str
-    is_admin: bool = True
-
-
 class InProcess:
-    """The application, called without a socket: the server that the command line finds on its own host."""
+    """The application, called without a socket by who may read the data folder: an administrator."""
 
-    def __init__(self, core: Core) -> None:
-        self.core = core
+    def __init__(self, core: Core, name: str) -> None:
+        self.core, self.caller = core, Caller(name, "this host")
         self.app = make_app(Agents(core, Sight(core.settings)))
 
     def call(self, method: str, path: str, body: Any) -> netmaker_admin.Answer:
@@ -3671,7 +4865,7 @@ class InProcess:
             "SERVER_NAME": "localhost", "SERVER_PORT": "0", "SERVER_PROTOCOL": "HTTP/1.1", "REMOTE_ADDR": "127.0.0.1",
             "wsgi.version": (1, 0), "wsgi.url_scheme": "http", "wsgi.input": io.BytesIO(data), "wsgi.errors": sys.stderr,
             "wsgi.multithread": False, "wsgi.multiprocess": True, "wsgi.run_once": True,
-            CALLER: Caller("root"),
+            CALLER: self.caller,
         }  # fmt: skip
         said: list[Any] = []
         parts = self.app(environ, lambda status, headers, *_: said.extend((status, dict(headers))))
@@ -3696,9 +4890,9 @@ class Local:
         self.settings = [(each.name, each.default, each.help) for each in SETTINGS]
         self.commands = {"serve": self.serve, "backup": self.backup, "restore": self.restore, "check": self.check}
 
-    def _settings(self, args: Any) -> Settings:
+    def _settings(self, args: Any, **forced: str) -> Settings:
         """The settings that hold for a command; root becomes the owner of the data."""
-        flags = {name: getattr(args, flag, "") for flag, name in FLAGS.items()}
+        flags = {**{name: getattr(args, flag, "") for flag, name in FLAGS.items()}, **forced}
         settings = Settings({name: value for name, value in flags.items() if value}, self.environment)
         level = (logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG)[settings["VERBOSITY"]]
         logging.basicConfig(level=level, format="%(message)s")
@@ -3708,7 +4902,8 @@ class Local:
         return settings
 
     def open(self, args: Any) -> InProcess:
-        return InProcess(open_core(self._settings(args), args.command.founds))
+        name = self.environment.get("SUDO_USER") or self.environment.get("USER") or "root"
+        return InProcess(open_core(self._settings(args, REST_BACKEND="on"), args.command.founds), name)
 
     def serve(self, args: Any) -> netmaker_admin.Printed:
         serve(self._settings(args), write, args.new_key)

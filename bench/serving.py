@@ -157,7 +157,7 @@ def through_waitress(home: Home, node: Client) -> Iterator[Figure]:
     """The same with the web server and a connection for each request, as check-ins by cron have it."""
     sock = server.listener("127.0.0.1", 0)
     port = int(sock.getsockname()[1])
-    plain = server.waitress_server(bare(), sock, home.core.settings["POLL_LIMIT"])
+    plain = server.waitress_server(bare(), [sock], home.core.settings["POLL_LIMIT"])
     threading.Thread(target=plain.run, daemon=True).start()
     nothing = b"GET /api/agent/v1/nothing HTTP/1.0\r\n\r\n"
 

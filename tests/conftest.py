@@ -10,6 +10,7 @@ from typing import Iterator
 
 import pytest
 from lab import Lab
+from restkit import Rest, make_user
 from serverkit import Clock, Server
 
 os.environ["NETCLIENT_SET_CLOCK"] = "no"  # a test must never move this machine's clock
@@ -52,3 +53,9 @@ def lab() -> Iterator[Lab]:
     """An internet to put hosts on; tests/lab.py."""
     with Lab() as lab:
         yield lab
+
+
+@pytest.fixture
+def admin(home: Server) -> Rest:
+    """An administrator who is signed in."""
+    return make_user(home, "root", admin=True)

@@ -59,7 +59,7 @@ class Server:
         sock = server.listener("127.0.0.1", 0)
         self.port = int(sock.getsockname()[1])
         polls = self.core.settings["POLL_LIMIT"]
-        self._server = server.waitress_server(self.app, sock, polls)
+        self._server = server.waitress_server(self.app, [sock], polls)
         self._thread = threading.Thread(target=self._server.run)
         self._thread.start()
         self.keeper = server.Housekeeping(self.agents)

@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import stat
 import threading
+from pathlib import Path
 
 import pytest
 from serverkit import Client, Clock, Server, make_core, wireguard_key
@@ -367,29 +368,62 @@ def test_a_newer_database_is_refused(tmp_path):
         make_core(str(tmp_path))
 
 
+def next_schema(monkeypatch, *statements):
+    monkeypatch.setattr(server, "SCHEMA", server.SCHEMA + 1)
+    monkeypatch.setattr(server, "MIGRATIONS", {server.SCHEMA: statements})
+    return server.SCHEMA
+
+
 def test_a_migration_runs_once_and_keeps_a_copy(tmp_path, monkeypatch):
     make_core(str(tmp_path)).store.close()
-    monkeypatch.setattr(server, "SCHEMA", 2)
-    monkeypatch.setattr(server, "MIGRATIONS", {2: ("ALTER TABLE network ADD COLUMN fresh TEXT",)})
+    fresh = next_schema(monkeypatch, "ALTER TABLE network ADD COLUMN fresh TEXT")
     for _ in range(2):
         core = make_core(str(tmp_path))
-        assert core.store.meta("schema") == "2"
+        assert core.store.meta("schema") == str(fresh)
         core.store.close()
-    with sqlite3.connect(tmp_path / "netmaker.db.before-2") as copy:
-        assert copy.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone() == ("1",)
+    with sqlite3.connect(tmp_path / f"netmaker.db.before-{fresh}") as copy:
+        assert copy.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone() == (str(fresh - 1),)
     copy.close()
 
 
 def test_a_migration_that_fails_changes_nothing(tmp_path, monkeypatch):
     make_core(str(tmp_path)).store.close()
-    monkeypatch.setattr(server, "SCHEMA", 2)
-    monkeypatch.setattr(server, "MIGRATIONS", {2: ("ALTER TABLE network ADD COLUMN fresh TEXT", "nonsense")})
+    next_schema(monkeypatch, "ALTER TABLE network ADD COLUMN fresh TEXT", "nonsense")
     with pytest.raises(server.ServerError):
         make_core(str(tmp_path))
     with sqlite3.connect(tmp_path / "netmaker.db") as file:
         columns = [row[1] for row in file.execute("PRAGMA table_info(network)")]
         assert "fresh" not in columns
     file.close()
+
+
+def test_a_database_of_the_first_release_is_brought_up_to_date(tmp_path):
+    """Tables, columns and indexes as in a database made today; what was in it stays."""
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir(mode=0o700)
+    file = sqlite3.connect(old / "netmaker.db")
+    file.executescript((Path(__file__).parent / "data/schema-1.sql").read_text())
+    file.execute("UPDATE meta SET value = '' WHERE key = 'pin'")
+    file.commit()
+    file.close()
+
+    def schema(folder):
+        file = sqlite3.connect(folder / "netmaker.db")
+        tables = [row[0] for row in file.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+        columns = {table: {row[1] for row in file.execute(f"PRAGMA table_info({table})")} for table in tables}
+        indexes = {row[0] for row in file.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
+        file.close()
+        return columns, indexes
+
+    for folder in (old, new):
+        make_core(str(folder)).store.close()
+    assert schema(old) == schema(new)
+    core = make_core(str(old))
+    assert [row["id"] for row in server.networks(core)] == ["default", "old"]
+    assert [row["name"] for row in server.nodes(core, "default")] == ["nas"]
+    assert [each for each in server.check(core) if "another server.key" not in each] == []
+    server.set_network(core, "default", {"mtu": 1400})
+    core.store.close()
 
 
 # ---- backup, restore, check
