@@ -235,6 +235,13 @@ Show = Callable[[Answer, Args], Sequence[str]]
 DATES = frozenset(
     ("expdatetime", "lastcheckin", "lastmodified", "networklastmodified", "nodeslastmodified", "expiration", "created", "time")
 )
+# The original's, which say nothing here: in --json alone.
+EMPTY = frozenset(
+    (
+        *("accesskey", "accesskeys", "action", "defaultsaveconfig", "isgrpchub", "isserver", "keyupdatetimestamp"),
+        *("lastpeerupdate", "password", "pullchanges", "saveconfig"),
+    )
+)
 
 
 def cell(value: Any) -> str:
@@ -294,6 +301,8 @@ def listing(answer: Answer, args: Args) -> Sequence[str]:
     """One object, a line for each member that says something."""
     pairs: list[tuple[str, str]] = []
     for name, value in answer.value.items():
+        if name in EMPTY:
+            continue
         if isinstance(value, dict):
             pairs += [("%s %s" % (name, inner), cell(one)) for inner, one in value.items()]
         elif name in DATES:
@@ -365,12 +374,16 @@ def arg(*flags: str, field: str = "", kind: str = "-", **options: Any) -> Argume
 
 
 class Setting(NamedTuple):
-    """A member of a network or node that can be set, its short name on the command line, and what it is."""
+    """A member of a network or node that can be set, its short name on the command line, and what it is.
+
+    `along` is a member that becomes yes with it, or no where it is emptied.
+    """
 
     field: str
     short: str
     metavar: str
     help: str
+    along: str = ""
 
 
 NETWORK_SETTINGS = (
@@ -387,15 +400,18 @@ NETWORK_SETTINGS = (
     Setting("checkininterval", "checkin-interval", "S", "seconds between two check-ins of a node (15)"),
     Setting("defaultinterface", "interface", "IF", "the nodes' interface (nm-NAME)"),
     Setting("displayname", "display", "TEXT", "name for people"),
+    Setting("autoremove", "auto-remove", "30d", "remove nodes that are not heard of for so long; 0: never (0)"),
 )
 NODE_SETTINGS = (
     Setting("name", "name", "NAME", "its name, a DNS label"),
     Setting("address", "address", "IP", "its IPv4 address in the network"),
     Setting("address6", "address6", "IP", "its IPv6 address in the network"),
     Setting("allowedips", "allowedips", "CIDR,…", "more ranges that lead to it"),
-    Setting("endpoint", "endpoint", "IP[:PORT]", "where the others reach it; it is static then"),
-    Setting("listenport", "port", "N", "its WireGuard port; it is static then"),
-    Setting("isstatic", "isstatic", "yes|no", "endpoint and port stay as they are"),
+    Setting("endpoint", "endpoint", "IP[:PORT]", "where the others reach it; it stays then", "isstaticendpoint"),
+    Setting("listenport", "port", "N", "its WireGuard port; it stays then", "isstaticport"),
+    Setting("isstatic", "isstatic", "yes|no", "both stay as they are"),
+    Setting("isstaticendpoint", "isstaticendpoint", "yes|no", "its endpoint stays"),
+    Setting("isstaticport", "isstaticport", "yes|no", "its port stays"),
     Setting("persistentkeepalive", "keepalive", "S", "seconds between keepalives, 0 for none; empty: the network's"),
     Setting("mtu", "mtu", "N", "MTU of its interface; empty: the network's"),
     Setting("dnson", "dnson", "yes|no", "it sets up names"),
@@ -441,6 +457,12 @@ def uses(text: str) -> str:
     if text != "unlimited" and not re.fullmatch("[1-9][0-9]{0,8}", text):
         raise argparse.ArgumentTypeError("takes a whole number from 1 on, or unlimited, not %r" % text)
     return text
+
+
+def show_network(answer: Answer, args: Args) -> Sequence[str]:
+    made = answer.value
+    ranges = " and ".join(filter(None, (made["addressrange"], made["addressrange6"])))
+    return ["network %s: %s" % (made["netid"], ranges), "next: netmaker-lite key add %s" % made["netid"]]
 
 
 def show_key(answer: Answer, args: Args) -> Sequence[str]:
@@ -516,7 +538,7 @@ COMMANDS = (
             arg("name", field="netid", metavar="NAME", help="1 to 12 letters, digits, '.', '_' or '-'"),
             *flags_of(NETWORK_SETTINGS),
         ),
-        said("network {netid} made", "next: netmaker-lite key add {netid}"),
+        show_network,
         founds=True,
     ),
     Command(
@@ -1045,6 +1067,10 @@ def read_pairs(words: Iterable[str], settings: Sequence[Setting]) -> dict[str, t
         if not equals:
             raise Failed("write %s=VALUE" % name, 2)
         found[setting.field] = (name, [each for each in value.split(",") if each] if setting.field in LISTS else value)
+    for setting in settings:
+        if setting.along and setting.field in found and not {setting.along, "isstatic"} & found.keys():
+            name, value = found[setting.field]
+            found[setting.along] = (name, "yes" if value else "no")
     return found
 
 

@@ -21,6 +21,7 @@ import pytest
 from agentkit import REPO
 
 import netmaker_admin as admin
+import netmaker_lite as server
 
 sys.path.insert(0, str(REPO / "docs"))
 import make_man
@@ -94,6 +95,9 @@ N, C = "/api/nodes/home", "/api/extclients/home"
         ("node show home n", ("GET", N + "/n", None)),
         ("node set home n keepalive= allowedips=10.0.0.0/8,10.1.0.0/16",
          ("PUT", N + "/n", {"persistentkeepalive": "", "allowedips": ["10.0.0.0/8", "10.1.0.0/16"]})),
+        ("node set home n port=4000", ("PUT", N + "/n", {"listenport": "4000", "isstaticport": "yes"})),
+        ("node set home n endpoint=", ("PUT", N + "/n", {"endpoint": "", "isstaticendpoint": "no"})),
+        ("node set home n port=4000 isstatic=no", ("PUT", N + "/n", {"listenport": "4000", "isstatic": "no"})),
         ("node approve home n", ("POST", N + "/n/approve", None)),
         ("node refresh-key home n", ("POST", N + "/n/refreshkey", None)),
         ("node remove home n", ("DELETE", N + "/n", None)),
@@ -134,6 +138,23 @@ N, C = "/api/nodes/home", "/api/extclients/home"
 def test_a_command_is_one_call(run, fake, words, call):
     status, _, err = run(words)
     assert (status, err, fake.asked) == (0, "", [call])
+
+
+def test_every_call_is_one_of_the_rest_api():
+    table = re.findall(r"^\| `([A-Z]+ /\S+)` \|", (REPO / "docs/api.md").read_text("utf-8"), re.M)
+    routes = [re.compile(re.sub(r"\{\w+\}", "[^/]+", line)) for line in table]
+    for command in admin.COMMANDS:
+        for call in filter(None, command.rest.split(" | ")):
+            assert any(route.fullmatch(call) for route in routes), call
+    for path, _ in admin.NAMES.values():
+        assert any(route.fullmatch("GET " + path) for route in routes), path
+
+
+@pytest.mark.parametrize(
+    "ours, theirs", [(admin.NETWORK_SETTINGS, server.NETWORK_FIELDS), (admin.NODE_SETTINGS, server.NODE_FIELDS)]
+)
+def test_what_can_be_set_is_what_the_server_takes(ours, theirs):
+    assert {each.field for each in ours} == {each.name for each in theirs if each.check} - {"netid"}
 
 
 def test_every_command_has_a_call_or_works_on_this_host():
@@ -498,13 +519,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def web():
     """(URL, what came, what is answered)."""
     handler = type("Handler", (Handler,), {"seen": [], "replies": {}})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=running.serve_forever, args=(0.05,))
     thread.start()
-    yield "http://127.0.0.1:%d" % server.server_port, handler.seen, handler.replies
-    server.shutdown()
+    yield "http://127.0.0.1:%d" % running.server_port, handler.seen, handler.replies
+    running.shutdown()
     thread.join()
-    server.server_close()
+    running.server_close()
 
 
 def test_over_http(run, fake, web, tmp_path, monkeypatch):
