@@ -902,7 +902,8 @@ def common(command: Command) -> tuple[Argument, ...]:
 ABOUT = "Server of a WireGuard mesh, and its administrator's tool."
 ENDING = (
     "On the server's host the commands work on its data folder, whether or not it runs; with --api URL (or NETMAKER_API)"
-    " and an API token (NETMAKER_TOKEN, or --token-file) on a server elsewhere.",
+    " and an API token (NETMAKER_TOKEN, or --token-file) on a server elsewhere. netmaker-admin is the same program for a"
+    " machine without the server and what that needs.",
     "Exit status: 0 done, 1 failed, 2 wrong usage. `netmaker-lite COMMAND --help` tells more.",
 )
 
@@ -1147,12 +1148,12 @@ _netmaker_lite_values() { # KIND: what may stand here
     file) compopt -o filenames && COMPREPLY+=($(compgen -f -- "$cur")) ;;
     dir) compopt -o filenames && COMPREPLY+=($(compgen -d -- "$cur")) ;;
     pairs) compopt -o nospace && COMPREPLY+=($(compgen -W "$pairs" -- "$cur")) ;;
-    *) COMPREPLY+=($(compgen -W "$(netmaker-lite names "${1%%%%=*}" "${given[0]}" "${where[@]}" 2>/dev/null)" -- "$cur")) ;;
+    *) COMPREPLY+=($(compgen -W "$("$program" names "${1%%%%=*}" "${given[0]}" "${where[@]}" 2>/dev/null)" -- "$cur")) ;;
     esac
 }
 
 _netmaker_lite() {
-    local IFS=$' \t\n' line=${COMP_LINE:0:COMP_POINT} cur command flags places pairs flag kind word i
+    local IFS=$' \t\n' program=$1 line=${COMP_LINE:0:COMP_POINT} cur command flags places pairs flag kind word i
     local -a words where=() given=() kinds
     COMPREPLY=()
     read -ra words <<<"$line"
@@ -1197,7 +1198,7 @@ _netmaker_lite() {
     return 0
 }
 
-complete -F _netmaker_lite netmaker-lite
+complete -F _netmaker_lite netmaker-lite netmaker-admin
 """
 
 ASH = r"""# BusyBox ash completes names of files only, and lets no script add to that. The next best thing, for ~/.profile:
@@ -1277,7 +1278,7 @@ def connect(args: Args, environment: Mapping[str, str], local: Local | None) -> 
     if args.token_file or args.insecure:
         raise Failed("--token-file and --insecure go with --api URL: without it no token is used", 2)
     if local is None:
-        raise Failed("there is no server in this program: name one with --api URL or NETMAKER_API", 2)
+        raise Failed("this program has no server in it: name one with --api URL or NETMAKER_API", 2)
     return local.open(args)
 
 

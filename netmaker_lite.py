@@ -100,7 +100,7 @@ try:
 except ImportError as missing:
     sys.stderr.write(
         "netmaker-lite: the server needs %s, which is not installed here: "
-        "pip install bottle peewee pynacl waitress\n" % missing.name
+        "pip install bottle peewee pynacl waitress (for a server elsewhere netmaker-admin needs none)\n" % missing.name
     )
     raise SystemExit(1) from None
 
