@@ -469,8 +469,9 @@ def show_key(answer: Answer, args: Args) -> Sequence[str]:
     key = answer.value
     until = ", until " + date(key["expiration"]) if key.get("expiration") else ""
     lines = ["key %s for %s, uses: %s%s" % (key["name"], key["network"], args.uses or 1, until)]
-    names = {"key": "value", "token": "accessstring", "join": "join", "install": "install"}
-    lines += ["  %-7s  %s" % (name, key[field]) for name, field in names.items() if key.get(field)]
+    lines += ["  key    " + key["value"], "  token  " + key["accessstring"], "  join   " + key["join"]]
+    if key.get("install"):
+        lines += ["or, as root on a machine with neither agent nor tools, the next lines as one:", key["install"]]
     return [*lines, "This is shown once."]
 
 

@@ -28,6 +28,7 @@ Contents
     MODELS      the tables and their numbered migrations
     STORE       connections, and a change as one batch of conditional statements
     MESH        what nodes hear of each other: records, settings, observed endpoints; pure
+    RENDER      texts made of values: install script and line; pure
     MEMBERS     the networks in memory, proven fresh by one keyed read
     ACTIONS     one function for each thing that an administrator or an agent can do
     AGENTS      the agent protocol: join, exchange, look (docs/protocol.md)
@@ -75,7 +76,7 @@ import threading
 import time
 from contextlib import ExitStack
 from functools import lru_cache, partial
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from types import MappingProxyType
 from typing import (
     Any,
@@ -1375,6 +1376,33 @@ def free_port(wanted: int, taken: Iterable[int]) -> int:
 
 
 # --------------------------------------------------------------------------------------------------
+# RENDER
+# --------------------------------------------------------------------------------------------------
+
+FILES_PATH = "/meshclient/files/"
+
+# Two lines, because OpenWrt's BusyBox drops what goes beyond 511 bytes of one. The hash proves the script, so neither http nor
+# a certificate needs to be trusted; the token goes by the environment, which other users cannot read.
+INSTALL_LINE = """KEY={token} sh -c '
+f=`mktemp`||exit;trap "rm -f $f" 0 1 2 15;u=$0{path};for g in "curl -fgkLsm60 -o" "wget -q{trust} -O" \
+"uclient-fetch -qT20{trust} -O";do $g $f "$u"&&break;done 2>/dev/null;case `sha256sum<$f` in {hash}*)NM_SERVER=$0 sh $f "$@";;\
+*)echo "$u: no answer, or not the script of this line: check the network, or get a new line">&2;exit 1;;esac' {url}"""
+
+
+def install_script(template: str, agent_bytes: bytes) -> str:
+    """The install script as the server hands it out: it knows the hash of the agent."""
+    return template.replace("\nAGENT_SHA256=\n", "\nAGENT_SHA256=%s\n" % sha256(agent_bytes).hexdigest(), 1)
+
+
+def install_line(url: str, token: str, script_sha256: str) -> str:
+    """What to paste into a root shell: fetches the install script, compares its hash and runs it. Flags of join may follow."""
+    quoted = url if re.fullmatch("[A-Za-z0-9:/._-]+", url) else "'%s'" % url.replace("'", "'\\''")
+    trust = " --no-check-certificate" if url.startswith("https:") else ""
+    path = FILES_PATH + "install.sh"
+    return INSTALL_LINE.format(token=token, path=path, trust=trust, hash=script_sha256, url=quoted)
+
+
+# --------------------------------------------------------------------------------------------------
 # MEMBERS
 # --------------------------------------------------------------------------------------------------
 # A cache of what the hot path needs. Nothing in it is believed until the network's word, read anew for
@@ -1933,8 +1961,40 @@ def server_urls(core: Core) -> tuple[str, ...]:
     return tuple(written.split()) if written else own_urls(core.settings)
 
 
+def client_files() -> dict[str, bytes]:
+    """What `/meshclient/files/` has: the agent, and the install script where it is installed with this module or beside it."""
+    source = os.path.splitext(os.path.abspath(agent.__file__))[0] + ".py"
+    above = os.path.dirname(source)
+    places = [above + "/shell/install.sh"]
+    for _ in range(4):  # of a wheel, from PREFIX/lib/python3.X/site-packages up
+        places.append(above + "/share/netmaker-lite/shell/install.sh")
+        above = os.path.dirname(above)
+    paths = [next(filter(os.path.isfile, choice), "") for choice in ([source], places)]
+    return _client_files(*((path, os.stat(path).st_mtime_ns) if path else ("", 0) for path in paths))
+
+
+@lru_cache(maxsize=1)
+def _client_files(source: tuple[str, int], script: tuple[str, int]) -> dict[str, bytes]:
+    """Read once, and again when a file is another: an agent updated under a running server gets its hash."""
+    files: dict[str, bytes] = {}
+    for name, (path, _) in {"netclient_lite.py": source, "install.sh": script}.items():
+        if not path:
+            log.warning("%s is not installed with this server: keys come without the line that installs the agent", name)
+            return files
+        with open(path, "rb") as stream:
+            files[name] = stream.read()
+    files["install.sh"] = install_script(files["install.sh"].decode(), files["netclient_lite.py"]).encode()
+    return files
+
+
+def line_for(url: str, token: str) -> str:
+    """The line that installs and joins with a token; "" where this server has no script."""
+    script = client_files().get("install.sh")
+    return install_line(url, token, sha256(script).hexdigest()) if script else ""
+
+
 def add_key(core: Core, network: str, name: str = "", uses: int | None = 1, lifetime: int | None = None) -> Row:
-    """An access key; `value` and `accessstring` are in the answer this one time."""
+    """An access key; `value`, `accessstring` and `install` are in the answer this one time."""
     owner = need_network(core, network)
     secret = b64(secrets.token_bytes(16))
     key_id = secrets.token_hex(4)
@@ -1955,8 +2015,9 @@ def add_key(core: Core, network: str, name: str = "", uses: int | None = 1, life
 
     core.change(build, "key add", owner["id"], new["name"])
     value = "%s.%s" % (key_id, secret)
-    token = agent.Token(server_urls(core), core.key.pin, owner["id"], value)
-    return {**new, "value": value, "accessstring": agent.make_token(token)}
+    urls = server_urls(core)
+    token = agent.make_token(agent.Token(urls, core.key.pin, owner["id"], value))
+    return {**new, "value": value, "accessstring": token, "install": line_for(urls[0], token)}
 
 
 def remove_key(core: Core, network: str, name: str) -> Row:
@@ -3416,7 +3477,7 @@ def remove_user(core: Core, name: str) -> Row:
 
 def _open_session(core: Core, owner: str, values: Row, action: str) -> Row:
     bearer = new_bearer("t" if values.get("name") else "s")
-    row = {**blank(Session), **values, "id": fingerprint(bearer), "owner": owner, "created": core.now}
+    row = {**blank(Session), "expires": None, **values, "id": fingerprint(bearer), "owner": owner, "created": core.now}
 
     def build() -> Batch:
         if row["name"] and core.store.row("SELECT 1 FROM session WHERE owner = ? AND name = ?", (owner, row["name"])):
@@ -3742,7 +3803,7 @@ KEY_FIELDS = (
     Field("uses", lambda row: row["uses"], check_uses, "number or null"),
     Field("expiration", lambda row: row["expires"], OrNothing(check_until, None), "number or null"),
     Field("created", "created", None, "number"),
-    *(Field(name, lambda row, name=name: row.get(name, "")) for name in ("value", "accessstring", "join")),  # type: ignore[misc]
+    *(Field(name, lambda row, name=name: row.get(name, "")) for name in ("value", "accessstring", "join", "install")),  # type: ignore[misc]
 )
 USER_FIELDS = (
     Field("username", "name", fold_user),
@@ -4094,10 +4155,17 @@ class Web:
     def getip(self) -> bytes:
         return self.send(Reply(200, self.source().encode()), "text/plain")
 
-    def agent_file(self) -> Any:
-        folder, name = os.path.split(os.path.abspath(agent.__file__))
-        kind = "text/x-python"
-        return bottle.static_file(os.path.splitext(name)[0] + ".py", root=folder, mimetype=kind)
+    def agent_file(self) -> bytes:
+        return self.file("netclient_lite.py", "text/x-python")
+
+    def install_file(self) -> bytes:
+        return self.file("install.sh", "text/x-shellscript")
+
+    def file(self, name: str, kind: str) -> bytes:
+        body = client_files().get(name)
+        if body is None:
+            raise Missing("this server was installed without %s" % name)
+        return self.send(Reply(200, body), kind)
 
     def hello(self) -> bytes:
         said = {"pin": b64(self.agents.core.key.pin), "version": __version__}
@@ -4448,7 +4516,8 @@ NOT_AGENTS = (
 ROUTES = (
     Route("GET", "/api/health", ANY, Web.health),
     Route("GET", "/api/getip", ANY, Web.getip),
-    Route("GET", "/meshclient/files/netclient_lite.py", ANY, Web.agent_file),
+    Route("GET", FILES_PATH + "netclient_lite.py", ANY, Web.agent_file),
+    Route("GET", FILES_PATH + "install.sh", ANY, Web.install_file),
     Route("GET", agent.HELLO_PATH, "agent", Web.hello),
     Route("POST", agent.JOIN_PATH, "agent", Web.join),
     Route("POST", agent.EXCHANGE_PATH, "agent", Web.exchange),

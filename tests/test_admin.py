@@ -213,7 +213,7 @@ def test_a_key_is_printed_with_what_joins(run, fake):
     fake.answer = admin.Answer(200, KEY)
     out = run("key add home --uses unlimited")[1]
     assert out.splitlines()[0] == "key front for home, uses: unlimited"
-    assert "  token    TOKEN\n" in out and "  install  curl" in out and out.endswith("This is shown once.\n")
+    assert "  token  TOKEN\n" in out and "the next lines as one:\ncurl" in out and out.endswith("This is shown once.\n")
     fake.answer = admin.Answer(200, [KEY, {**KEY, "uses": 2, "expiration": 1}])
     out = run("key list home")[1]
     assert "unlimited  never" in out and "2          expired" in out

@@ -103,7 +103,7 @@ RULES = {
         },
         writes={"TOKENS": EVERYWHERE, "STORE": EVERYWHERE, "ACTIONS": EVERYWHERE, "SERVE": EVERYWHERE},
         changes=("TOKENS", "STORE", "ACTIONS", "SERVE", "CLI"),
-        pure=("ERRORS", "ADDRESSES", "MESH"),
+        pure=("ERRORS", "ADDRESSES", "MESH", "RENDER"),
         imports=(
             *LIGHT,
             *("bisect", "collections", "functools", "heapq", "itertools", "logging", "random", "resource", "secrets"),

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -454,3 +455,48 @@ def test_both_families_at_once(tmp_path):
 def test_this_hosts_own_addresses():
     assert server.Sight._own("127.0.0.1") and server.Sight._own(server.default_address())
     assert not server.Sight._own("192.0.2.213")
+
+
+# ---- from elsewhere
+
+
+def test_the_same_commands_from_elsewhere(node, run, done, monkeypatch):
+    """Over HTTP with an API token: the same objects, the same sentences."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO("correct horse\n"))
+    assert run("user add ada --admin")[0] == 0
+    token = done("user apitoken add ada laptop")["value"]
+    api = {"NETMAKER_API": "http://127.0.0.1:%d" % node.home.port, "NETMAKER_TOKEN": token}
+    for words in ("network show default", "node list default", "node show default node", "user list", "user apitoken list ada"):
+        assert json.loads(run(words + " --json", **api)[1]) == done(words)
+    for words in (
+        "network show nowhere",
+        "node show default nobody",
+        "network set default mtu=10",
+        "key add default --expires soon",
+    ):
+        assert run(words, **api) == run(words)
+    assert run("node set default node name=front mtu=1300", **api)[0] == 0
+    assert done("node show default front")["mtu"] == 1300
+    who = [(entry["who"], entry["action"]) for entry in done("audit --network default --since 1h")]
+    assert ("ada/laptop", "node set") in who
+    assert run("names node default", **api)[1] == "front\n"
+    read = done("user apitoken add ada eyes --scope read")["value"]
+    assert run("node list default", **{**api, "NETMAKER_TOKEN": read})[0] == 0
+    status, _, err = run("node remove default front", **{**api, "NETMAKER_TOKEN": read})
+    assert (status, err) == (1, "netmaker-lite: this API token may only read\n")
+    run("user apitoken remove ada laptop")
+    status, _, err = run("node list default", **api)
+    assert status == 1 and "does not know this token" in err
+    assert "user apitoken add" in run("node list default", NETMAKER_API=api["NETMAKER_API"])[2]
+
+
+def test_the_command_line_works_where_the_api_is_off(run):
+    assert run("network add home --range 10.1.2.0/24", REST_BACKEND="off")[0] == 0
+
+
+def test_who_changed_what_on_this_host(run, done):
+    run("network add home --range 10.1.2.0/24", SUDO_USER="ann")
+    entry = done("audit")[0]
+    assert (entry["who"], entry["source"], entry["action"], entry["network"]) == ("ann", "this host", "network add", "home")
+    assert "network add" in run("audit --since 1h")[1]
+    assert run("audit --since soon")[2] == "netmaker-lite: 'soon' is no time: a number and s, m, h, d or w, like 24h\n"
