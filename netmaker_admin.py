@@ -313,10 +313,10 @@ def listing(answer: Answer, args: Args) -> Sequence[str]:
 
 
 def said(*sentences: str) -> Show:
-    """Sentences about what was done, with the arguments and the answered object's members in them."""
+    """Sentences about what was done, with the arguments and other members of the answer in them."""
 
     def shown(answer: Answer, args: Args) -> Sequence[str]:
-        values = {**vars(args), **(answer.value if isinstance(answer.value, dict) else {})}
+        values = {**(answer.value if isinstance(answer.value, dict) else {}), **vars(args)}
         return [sentence.format(**values) for sentence in sentences]
 
     return shown
@@ -420,6 +420,12 @@ NODE_SETTINGS = (
     Setting("udpholepunch", "hole-punch", "yes|no", "it uses endpoints that other nodes observe"),
     Setting("islocal", "islocal", "yes|no", "the others use its local address"),
     Setting("expdatetime", "expires", "24h|UNIX", "when its membership ends; empty: never"),
+    *(
+        Setting(
+            "post" + when, "post" + when, "COMMAND", "run when its interface goes %s, if that machine's root allows it" % when
+        )
+        for when in ("up", "down")
+    ),
 )
 LISTS = ("allowedips",)
 
@@ -451,6 +457,15 @@ PAIRS = arg("fields", metavar="KEY=VALUE", kind="pairs", nargs="+", help="what t
 QR = arg("--qr", action="store_true", help="print it as a QR code, for a phone's camera")
 EXPIRES = arg("--expires", field="expires", metavar="24h", help="how long it is good (for ever)")
 PUBLIC = arg("--public-key", field="publickey", metavar="K", help="its own WireGuard public key; the private one stays there")
+
+
+def one_of(*words: str) -> Callable[[str], str]:
+    def checked(text: str) -> str:
+        if text not in words:
+            raise argparse.ArgumentTypeError("takes %s, not %r" % (" or ".join(words), text))
+        return text
+
+    return checked
 
 
 def uses(text: str) -> str:
@@ -643,7 +658,7 @@ COMMANDS = (
         "node ingress",
         "make it the gateway of external clients, or no longer (its clients go)",
         f"POST {NODE_PATH}/createingress | DELETE {NODE_PATH}/deleteingress",
-        (*ON_NODE, arg("targets", metavar="off", kind="=off", nargs="?", choices=("off",), help="no longer")),
+        (*ON_NODE, arg("targets", metavar="off", kind="=off", nargs="?", type=one_of("off"), help="no longer")),
         lambda answer, args: ["node %s takes %s" % (args.node, "no clients" if is_off(args) else "external clients")],
     ),
     Command(
@@ -698,7 +713,7 @@ COMMANDS = (
         (NETWORK,),
         table(
             "no clients: netmaker-lite client add {network} GATEWAY",
-            "NAME=clientid ADDRESS=address ADDRESS6=address6 GATEWAY=ingressgatewayendpoint ENABLED=enabled",
+            "NAME=clientid ADDRESS=address ADDRESS6=address6 GATEWAY=ingressgatewayendpoint ENABLED=enabled OUTDATED=outdated",
         ),
     ),
     Command(
@@ -802,7 +817,7 @@ COMMANDS = (
         (
             USER,
             arg("name", field="name", metavar="NAME", help="its name"),
-            arg("--scope", field="scope", metavar="read|write", kind="=read,write", choices=("read", "write"), help="(write)"),
+            arg("--scope", field="scope", metavar="read|write", kind="=read,write", type=one_of("read", "write"), help="(write)"),
             arg("--network", field="networks", metavar="N", kind="network", action="append", help="only this; repeatable"),
             EXPIRES,
         ),
@@ -860,7 +875,7 @@ COMMANDS = (
         "completion",
         "print what makes this shell complete, or shorten, the words of this program",
         "",
-        (arg("shell", metavar="bash|ash", kind="=bash,ash", choices=("bash", "ash"), help="the shell"),),
+        (arg("shell", metavar="bash|ash", kind="=bash,ash", type=one_of("bash", "ash"), help="the shell"),),
         more='For bash, put eval "$(netmaker-lite completion bash)" into ~/.bashrc; for ash the same into ~/.profile.',
     ),
     # for the completion alone: without help, so no list names it
