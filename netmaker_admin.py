@@ -101,6 +101,8 @@ class Local(Protocol):
 def refusal(answer: Answer) -> str:
     """The sentence of an answer that is an error."""
     value = answer.value if isinstance(answer.value, dict) else {}
+    if str(value.get("Message")).startswith("Not found: '/api/"):
+        return "the server does not know how to do this: it is of another version (`netmaker-lite version` prints this one's)"
     return str(value.get("Message") or value.get("error") or "the server answers %d and does not say why" % answer.status)
 
 
@@ -298,13 +300,13 @@ def table(none: str, columns: str) -> Show:
 
 
 def listing(answer: Answer, args: Args) -> Sequence[str]:
-    """One object, a line for each member that says something."""
+    """One object, a line for each member that says something: what it is not (is…: no) does not."""
     pairs: list[tuple[str, str]] = []
     for name, value in answer.value.items():
-        if name in EMPTY:
+        if name in EMPTY or (name.startswith("is") and value == "no") or (name == "macaddress" and value == answer.value["id"]):
             continue
         if isinstance(value, dict):
-            pairs += [("%s %s" % (name, inner), cell(one)) for inner, one in value.items()]
+            pairs += [("%s %s" % (name, inner), str(one or "no handshake")) for inner, one in value.items()]
         elif name in DATES:
             pairs.append((name, date(value)))
         elif value not in ("", None, [], {}):
@@ -879,7 +881,12 @@ COMMANDS = (
         more='For bash, put eval "$(netmaker-lite completion bash)" into ~/.bashrc; for ash the same into ~/.profile.',
     ),
     # for the completion alone: without help, so no list names it
-    Command("names", "", "", (arg("what", metavar="KIND"), arg("within", metavar="WITHIN", nargs="?", default="-"))),
+    Command(
+        "names",
+        "",
+        "",
+        (arg("what", metavar="KIND", help="of names"), arg("within", metavar="WITHIN", nargs="?", default="-", help="which")),
+    ),
     Command("version", "print the version", ""),
 )
 NOUNS = {

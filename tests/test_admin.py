@@ -221,11 +221,23 @@ def test_a_key_is_printed_with_what_joins(run, fake):
 
 def test_objects_say_what_there_is_to_say(run, fake):
     fake.answer = admin.Answer(
-        200, {"name": "n", "address6": "", "allowedips": [], "lastcheckin": 1800000000, "seenby": {"a": "1.2.3.4:5"}}
+        200,
+        {
+            "name": "n",
+            "id": "1",
+            "macaddress": "1",
+            "isrelay": "no",
+            "isstatic": "yes",
+            "address6": "",
+            "allowedips": [],
+            "lastcheckin": 1800000000,
+            "seenby": {"a": "1.2.3.4:5", "b": ""},
+        },
     )
     out = run("node show home n")[1]
-    assert "lastcheckin  2027-01-15 08:00 UTC\n" in out and "seenby a     1.2.3.4:5\n" in out
-    assert "address6" not in out and "allowedips" not in out
+    assert "lastcheckin  2027-01-15 08:00 UTC\n" in out and "seenby a     1.2.3.4:5\nseenby b     no handshake\n" in out
+    assert "isstatic     yes\n" in out
+    assert not [word for word in ("address6", "allowedips", "macaddress", "isrelay") if word in out]
 
 
 def test_a_clients_output_is_its_file(run, fake):
@@ -299,6 +311,12 @@ def test_wrong_usage_is_one_sentence(run, fake, words, sentence):
         ("network set x defaultkeepalive=y", (400, "defaultkeepalive takes a number"), 2, "defaultkeepalive takes a number"),
         ("network show x", (404, "no network x: `netmaker-lite network list`"), 1, "no network x: `netmaker-lite network list`"),
         ("node show x name", (409, "name: that is another's"), 1, "name: that is another's"),
+        (
+            "node refresh-key x y",
+            (404, "Not found: '/api/nodes/x/y/refreshkey'"),
+            1,
+            "the server does not know how to do this: it is of another version (`netmaker-lite version` prints this one's)",
+        ),
         ("network show x", (503, None), 1, "the server answers 503 and does not say why"),
     ],
 )
