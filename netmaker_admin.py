@@ -246,12 +246,17 @@ EMPTY = frozenset(
 )
 
 
+def printable(text: str) -> str:
+    """Text from elsewhere, which must not speak to the terminal."""
+    return text if text.isprintable() else "".join(each if each.isprintable() else "?" for each in text)
+
+
 def cell(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(cell, value)) or "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return "-" if value in ("", None) else str(value)
+    return "-" if value in ("", None) else printable(str(value))
 
 
 def date(then: Any) -> str:
@@ -306,7 +311,7 @@ def listing(answer: Answer, args: Args) -> Sequence[str]:
         if name in EMPTY or (name.startswith("is") and value == "no") or (name == "macaddress" and value == answer.value["id"]):
             continue
         if isinstance(value, dict):
-            pairs += [("%s %s" % (name, inner), str(one or "no handshake")) for inner, one in value.items()]
+            pairs += [("%s %s" % (name, inner), cell(one or "no handshake")) for inner, one in value.items()]
         elif name in DATES:
             pairs.append((name, date(value)))
         elif value not in ("", None, [], {}):
@@ -1405,7 +1410,7 @@ def main(argv: Sequence[str] | None = None, environment: Mapping[str, str] = os.
         sys.stdout.flush()
         return status
     except Failed as problem:
-        sys.stderr.write("netmaker-lite: %s\n" % problem)
+        sys.stderr.write("netmaker-lite: %s\n" % printable(str(problem)))
         return problem.status
     except BrokenPipeError:  # `… | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

@@ -240,6 +240,13 @@ def test_objects_say_what_there_is_to_say(run, fake):
     assert not [word for word in ("address6", "allowedips", "macaddress", "isrelay") if word in out]
 
 
+def test_what_nodes_say_of_themselves_does_not_speak_to_the_terminal(run, fake):
+    fake.answer = admin.Answer(200, {"os": "\x1b]0;mine\x07\r", "seenby": {"a": "\x9b2J"}})
+    assert "os        ?]0;mine??\n" in run("node show home n")[1] and "seenby a  ?2J\n" in run("node show home n")[1]
+    fake.answer = admin.Answer(400, {"Message": "no \x1b[2J"})
+    assert run("node show home n")[2] == "netmaker-lite: no ?[2J\n"
+
+
 def test_a_clients_output_is_its_file(run, fake):
     fake.answer = admin.Answer(200, CLIENT)
     out = run("client add home gw")[1]
