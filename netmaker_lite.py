@@ -4542,7 +4542,7 @@ ROUTES = (
     Route("PUT", A_NODE, MINE, put_node, NODE_FIELDS, "Node"),
     Route("DELETE", A_NODE, MINE, delete_node, (), "message"),
     Route("POST", A_NODE + "/approve", MINE, approve_node, (), "text"),
-    Route("POST", A_NODE + "/reject", MINE, node_handler(reject), (), "message"),
+    Route("POST", A_NODE + "/reject", MINE, node_handler(reject), (), "Node"),
     Route("POST", A_NODE + "/disable", MINE, node_handler(disable), (), "Node"),
     Route("POST", A_NODE + "/enable", MINE, node_handler(enable), (), "Node"),
     Route("GET", USERS + "/adm/hasadmin", ANY, get_has_admin, (), "truth"),
