@@ -1523,17 +1523,14 @@ def client_config(network: Row, gateway: Row, client: Row, routes: Iterable[str]
 
 
 def qr(text: str, kind: str) -> bytes:
-    """A text as a QR picture: png, svg, or txt for a terminal."""
+    """A text as a QR picture: png or svg."""
     try:
         import segno
     except ImportError as missing:
         raise Busy("QR pictures need segno, which is not installed on the server: pip install segno") from missing
-    code, out, text_out = segno.make(text, error="l"), io.BytesIO(), io.StringIO()
-    if kind == "txt":
-        code.terminal(text_out, compact=True)
-    else:
-        code.save(out, kind=kind, scale=3)  # some 250 pixels
-    return out.getvalue() or text_out.getvalue().encode()
+    out = io.BytesIO()
+    segno.make(text, error="l").save(out, kind=kind, scale=3)  # some 250 pixels
+    return out.getvalue()
 
 
 def hosts_file(entries: Iterable[Row]) -> str:
@@ -2794,7 +2791,7 @@ def preshared_key(core: Core, gateway: Row, client: Row) -> str:
 
 
 def picture_of(client: Row, kind: str) -> bytes:
-    """The configuration of a client as a QR picture: png, svg, or txt for a terminal."""
+    """The configuration of a client as a QR picture: png or svg."""
     if not client["secret"]:
         raise UsedUp("the private key of %s is not here any more: renew the client, or take the file" % client["name"])
     return qr(client["file"], kind)
@@ -5001,7 +4998,7 @@ def get_client(call: Call) -> Any:
 
 def client_file(call: Call) -> Any:
     """The configuration: as `file`, or as `qr` (PNG) or `svg` picture."""
-    row, form = _client_of(call), call.path["form"]
+    row, form = _client_of(call), call.path["type"]
     kinds = {"file": "text/plain; charset=utf-8", "qr": "image/png", "svg": "image/svg+xml"}
     if form not in kinds:
         raise Missing("there is %s of a client, not %s" % (", ".join(kinds), form))
@@ -5320,7 +5317,7 @@ ROUTES = (
     Route("GET", CLIENTS, USER, get_clients, (), "[ExtClient]"),
     Route("GET", CLIENTS + "/<n>", MINE, get_clients, (), "[ExtClient]"),
     Route("GET", A_CLIENT, MINE, get_client, (), "ExtClient"),
-    Route("GET", A_CLIENT + "/<form>", MINE, client_file),
+    Route("GET", A_CLIENT + "/<type>", MINE, client_file),
     Route("POST", CLIENTS + "/<n>/<node>", MINE, new_client, CLIENT_FIELDS, "ExtClient"),
     Route("PUT", A_CLIENT, MINE, put_client, CLIENT_FIELDS, "ExtClient"),
     Route("POST", A_CLIENT + "/renew", MINE, new_client_key, CLIENT_FIELDS, "ExtClient"),

@@ -254,11 +254,10 @@ def test_a_picture_can_be_read(core, gateway, tmp_path):
     assert 200 <= width <= 300
 
 
-def test_pictures_of_other_kinds(core, gateway):
+def test_a_picture_that_can_be_scaled(core, gateway):
     pytest.importorskip("segno")
     row = server.add_client(core, gateway, {})
     assert server.picture_of(again(core, row), "svg").startswith(b"<?xml")
-    assert server.picture_of(again(core, row), "txt").decode().count("\n") > 20
 
 
 def test_without_segno_a_sentence(core, gateway, monkeypatch):
