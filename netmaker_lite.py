@@ -2222,11 +2222,11 @@ def nodes(core: Core, network: str) -> list[Row]:
 
 
 def need_node(core: Core, network: str, text: str) -> Row:
-    """A node by its id, its name, or a MAC address that no other has."""
+    """A node by its id, name or address, or by a MAC address that no other has."""
     name = need_network(core, network)["id"]
     living, folded = (Node.network == name) & (Node.state != REMOVED), text.lower()
-    for condition in (Node.id == text, Node.name == folded, (Node.mac == folded) & (Node.mac != "")):
-        found = core.store.select(Node.select().where(living & condition).limit(2))
+    for column in (Node.id, Node.name, Node.ip, Node.ip6, Node.mac) if text else ():
+        found = core.store.select(Node.select().where(living & (column == folded)).limit(2))
         if len(found) == 1:
             return _with_relayed(core, found[0])
     raise Missing("%s has no node %s: `netmaker-lite node list %s` shows which there are" % (name, text, name))
@@ -2721,10 +2721,8 @@ def create_relay(core: Core, node: Row, others: Sequence[str]) -> Row:
         if now["via"]:
             raise Clash("%s is relayed itself: take it off that relay first" % now["name"])
         _set_free(batch, now)
-        everybody = nodes(core, network["id"])
         for text in others:
-            other = next((row for row in everybody if text and text in (row["ip"], row["ip6"])), None)
-            other = other or need_node(core, network["id"], text)
+            other = need_node(core, network["id"], text)
             if other["id"] == now["id"] or other["relay"] or other["via"] not in ("", now["id"]):
                 raise Clash("%s is a relay, or has one: it cannot be relayed by %s" % (other["name"], now["name"]))
             batch.update("node", {"via": now["id"], "changed": batch.counter}, LIVING, other["id"], must=True)
