@@ -2825,6 +2825,7 @@ def add_client(core: Core, gateway: Row, values: Row) -> Row:
         row = {**new, "name": values.get("name") or unused_name(core, network["id"], "client")}
         _check_client(core, batch, row)
         batch.insert("client", {**row, **_settle(core, batch, network, row)})
+        batch.note = told({"gateway": now["name"], **values})
         return {"ingress": True}
 
     _arrange(core, gateway, "client add", work, values.get("name", ""))
@@ -2847,7 +2848,7 @@ def set_client(core: Core, client: Row, values: Row, action: str = "client set")
             return None
         _check_client(core, batch, {**old, **new})
         batch.update("client", {**new, "modified": core.now}, "id = ?", client["id"], must=True)
-        batch.note = told({**new, "private": ""})
+        batch.note = told({column: value for column, value in new.items() if column not in ("private", "keyed")})
         return {"ingress": True}
 
     _arrange(core, need_node(core, client["network"], client["gateway"]), action, work, client["name"])
@@ -2863,6 +2864,7 @@ def renew_client(core: Core, client: Row, key: str = "") -> Row:
 def remove_client(core: Core, client: Row) -> None:
     def work(_: Row, now: Row, batch: NetworkBatch) -> Row:
         _drop_clients(batch, now, client["id"])
+        batch.note = told({"gateway": now["name"]})
         return {"ingress": True}
 
     _arrange(core, need_node(core, client["network"], client["gateway"]), "client remove", work, client["name"])
@@ -2913,7 +2915,8 @@ def set_name(core: Core, network: str, name: str, values: Row | None) -> Row:
             batch.note = told(values)
         return batch
 
-    core.change(build, "dns remove" if values is None else "dns set", network.lower(), name)
+    target = name or (values or {}).get("name", "")
+    core.change(build, "dns remove" if values is None else "dns set", network.lower(), target)
     return new
 
 
