@@ -5634,7 +5634,13 @@ class Housekeeping:
         while not self.stopped.wait(HOUSEKEEPING):
             rounds += 1
             core = self.agents.core
-            for task in (self.agents.flush, self.agents.settle_due, partial(sweep, core), partial(forget_audit, core), self.name):
+            for task in (
+                self.agents.flush,
+                self.agents.settle_due,
+                partial(sweep, core),
+                partial(forget_audit, core),
+                self.push_names,
+            ):
                 try:
                     task()
                 except Exception as problem:  # whatever it is, the next round is needed
@@ -5642,7 +5648,7 @@ class Housekeeping:
             if rounds % 20 == 0:
                 self.agents.sight.forget()
 
-    def name(self) -> None:
+    def push_names(self) -> None:
         """Write CoreDNS' files after changes."""
         core = self.agents.core
         now = core.store.rows("SELECT id, tag FROM network ORDER BY id")

@@ -214,10 +214,10 @@ def test_no_network_is_no_zone():
 def test_housekeeping_writes_after_changes_only(home, monkeypatch):
     written = []
     monkeypatch.setattr(server, "write_names", lambda core: written.append(server.names(core)))
-    home.keeper.name()
-    home.keeper.name()
+    home.keeper.push_names()
+    home.keeper.push_names()
     server.set_name(home.core, "default", "", {"name": "printer", "ip": "192.0.2.7"})
-    home.keeper.name()
+    home.keeper.push_names()
     assert [len(each) for each in written] == [0, 1]
 
 
@@ -225,7 +225,7 @@ def test_dns_mode_off_writes_nothing(tmp_path, clock):
     home = Server(str(tmp_path), clock, DNS_MODE="off")
     boss = make_user(home, "boss", admin=True)
     home.network()
-    home.keeper.name()
+    home.keeper.push_names()
     assert boss.call("POST", "/api/dns/adm/pushdns").status == 409
     assert not os.path.exists(os.path.join(str(tmp_path), "dnsconfig"))
     home.stop()
