@@ -625,7 +625,7 @@ def nobody() -> str:
 
 def check_lifetime(text: str) -> int:
     """Seconds of `90s`, `30m`, `24h`, `7d`."""
-    found = re.fullmatch(r"(\d{1,6})([smhdw])", text)
+    found = re.fullmatch("([0-9]{1,6})([smhdw])", text)
     if not found or int(found[1]) == 0:
         raise Invalid("%r is no time: a number and s, m, h, d or w, like 24h" % text)
     return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[found[2]]
@@ -1745,7 +1745,8 @@ def give_up_key(settings: Settings) -> int:
 
 def blank(model: Any) -> Row:
     """A row of defaults."""
-    return dict(model._meta.get_default_dict())
+    empty = {name: None for name, field in model._meta.fields.items() if field.null}
+    return {**empty, **model._meta.get_default_dict()}
 
 
 # ---- networks
@@ -1890,6 +1891,11 @@ def remove_network(core: Core, name: str) -> Row:
         for name, text in core.store.rows("SELECT name, networks FROM account WHERE networks != ''"):
             rest = [each for each in text.split(",") if each != network["id"]]
             batch.update("account", {"networks": ",".join(rest)}, "name = ? AND networks = ?", name, text, must=True)
+        for session, text in core.store.rows("SELECT id, networks FROM session WHERE networks != ''"):
+            left = ",".join(each for each in text.split(",") if each != network["id"])
+            batch.update("session", {"networks": left}, "id = ?", session)
+            if not left:  # which would be no limit at all
+                batch.delete("session", "id = ?", session)
         return batch
 
     core.change(build, "network remove", network["id"])
@@ -3609,7 +3615,7 @@ def check_until(text: str) -> int:
 
 def check_silence(text: str) -> int:
     """Seconds; 0, or at least an hour: a node that reboots is not gone."""
-    seconds = 0 if text in ("", "0") else int(text) if text.isdigit() else check_lifetime(text)
+    seconds = 0 if text in ("", "0") else int(text) if re.fullmatch("[0-9]{1,12}", text) else check_lifetime(text)
     if seconds and not 3600 <= seconds <= 1 << 32:
         raise Invalid("%.40r is no time of an hour or more: 0 for never, or like 30d" % text)
     return seconds
@@ -3807,7 +3813,7 @@ def as_words(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
-        return ",".join(value)
+        value = ",".join(value)
     if isinstance(value, str) and not re.search("[\ud800-\udfff\0]", value) and len(value) <= 4096:
         return value
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer() and abs(value) < 1 << 53):
@@ -4332,8 +4338,8 @@ def delete_token(call: Call) -> Any:
 
 
 def get_audit(call: Call) -> Any:
-    since = call.query.get("since", "")
-    start = call.core.now - check_lifetime(since) if since and not since.isdigit() else int(since or "0")
+    since = call.query.get("since") or "0"
+    start = call.core.now - check_lifetime(since) if since[-1].isalpha() else Whole(0, 1 << 53)(since)
     return [view(row, AUDIT_FIELDS) for row in audit(call.core, call.query.get("network", ""), start)]
 
 
