@@ -73,7 +73,7 @@ import socketserver
 import sqlite3
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from hashlib import blake2b
 from types import MappingProxyType
@@ -2648,10 +2648,19 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(name)
 
 
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise Invalid("a member of the body is there twice")
+    return found
+
+
 def read_json(body: bytes) -> dict[str, Any]:
     """The object in a body; Invalid when it is none, or deeper and larger than anything that we ask for."""
     try:
-        value = json.loads(body.decode() or "{}", parse_constant=_no_constant)
+        value = json.loads(body.decode() or "{}", parse_constant=_no_constant, object_pairs_hook=_once_each)
+    except Invalid:
+        raise
     except (ValueError, RecursionError) as bad:
         raise Invalid("the body is no JSON") from bad
     if not isinstance(value, dict):
@@ -2726,10 +2735,18 @@ class Failures:
     def __init__(self, size: int, per_second: float) -> None:
         self.size, self.rate = size, per_second
         self.buckets: dict[str, tuple[float, float]] = {}  # who → (failures, when)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+
+    @staticmethod
+    def _whose(who: str) -> str:
+        """Whom it is counted for: an IPv6 host has a whole /64 to choose its address from."""
+        try:
+            return str(ipaddress.IPv6Address(int(ipaddress.IPv6Address(who)) >> 64 << 64)) if ":" in who else who
+        except ValueError:
+            return who
 
     def count(self, who: str, now: float) -> float:
-        failures, when = self.buckets.get(who, (0.0, now))
+        failures, when = self.buckets.get(self._whose(who), (0.0, now))
         return max(0.0, failures - (now - when) * self.rate)
 
     def check(self, now: float, *whom: str) -> None:
@@ -2741,7 +2758,19 @@ class Failures:
             if len(self.buckets) > 10000:
                 self.buckets = {who: at for who, at in self.buckets.items() if self.count(who, now)}
             for who in whom:
-                self.buckets[who] = (self.count(who, now) + 1, now)
+                self.buckets[self._whose(who)] = (self.count(who, now) + 1, now)
+
+    def begin(self, now: float, *whom: str) -> None:
+        """Count a try before it is made: of many at once no more may be made than one after the other."""
+        with self._lock:
+            self.check(now, *whom)
+            self.add(now, *whom)
+
+    def forgive(self, now: float, *whom: str) -> None:
+        """It was no failure."""
+        with self._lock:
+            for who in whom:
+                self.buckets[self._whose(who)] = (max(0.0, self.count(who, now) - 1), now)
 
 
 class Bell:
@@ -3730,6 +3759,7 @@ NODE_FIELDS = (
     Field("version", "version"),
     Field("observedendpoint", "at"),
     Field("rejected", "rejected"),
+    Field("seenby", "", None, "object"),  # of one node only
     Field("isserver", lambda row: False, None, "flag"),
     Field("saveconfig", lambda row: False, None, "flag"),
     Field("pullchanges", lambda row: False, None, "flag"),
@@ -3835,6 +3865,8 @@ def parse_fields(given: Mapping[str, Any], fields: Sequence[Field], shown: Mappi
         if field is None:
             names = ", ".join(sorted(each.name for each in fields if each.check))
             raise Invalid("there is no field %.40r here: there is %s" % (member, names))
+        if name in found:
+            raise Invalid("%s is there twice" % name)
         if field.check is None or value is None or (name in shown and shown[name] == value):
             continue
         try:
@@ -4031,6 +4063,23 @@ class Web:
             raise Denied("%s may not do this: an administrator can" % found.name)
         return found
 
+    @contextmanager
+    def a_try(self, core: Core, name: str = "") -> Iterator[None]:
+        """Something that can be guessed: only wrong guesses count, for who makes them and for the name."""
+        now, wrong = core.clock(), False
+        counted = [(self.sources, core.caller.source), *([(self.names, name)] if name else [])]
+        for failures, who in counted:
+            failures.begin(now, who)
+        try:
+            yield
+        except (Denied, Unknown):
+            wrong = True
+            raise
+        finally:
+            if not wrong:
+                for failures, who in counted:
+                    failures.forgive(now, who)
+
     def fields(self, route: Route) -> Row:
         """The members of a body."""
         if not route.takes:
@@ -4069,12 +4118,14 @@ class Web:
         return rows[first : first + size]
 
     def at_home(self) -> bool:
-        """Whether a request comes from this very host, and not through a proxy on it, nor from a page under a foreign name."""
+        """Whether a request comes from this very host, and neither through a proxy on it nor from a foreign page in its browser."""
         environ = bottle.request.environ
-        through = any(name.startswith(("HTTP_FORWARDED", "HTTP_X_FORWARDED", "HTTP_VIA")) for name in environ)
+        through = any(name.startswith(("HTTP_FORWARDED", "HTTP_X_", "HTTP_VIA")) for name in environ)
+        through |= environ.get("SERVER_PROTOCOL") == "HTTP/1.0"  # as nginx speaks that was told nothing else, under our own name
         peer, host = self._canonical(environ.get("REMOTE_ADDR", "")), environ.get("HTTP_HOST", "")
+        foreign = environ.get("HTTP_ORIGIN", "http://" + host).partition("://")[2] != host
         name = re.sub(r":\d+$", "", host).strip("[]")
-        return not through and is_loopback(peer) and (name == "localhost" or is_loopback(name))
+        return not through and not foreign and is_loopback(peer) and (name == "localhost" or is_loopback(name))
 
     def cross_origin(self) -> dict[str, str]:
         """What a browser wants to hear before a page from elsewhere may call this."""
@@ -4286,29 +4337,17 @@ def get_has_admin(call: Call) -> Any:
 
 
 def create_admin(call: Call) -> Any:
-    now, source = call.core.clock(), call.core.caller.source
-    call.web.sources.check(now, source)
     values = parse_fields(call.body, FIRST_ADMIN)
     code = values.pop("setupcode", "")
-    try:
+    with call.web.a_try(call.core):
         return show_user(add_first_admin(call.core, columns(values, USER_FIELDS), call.web.at_home(), code))
-    except Denied:
-        call.web.sources.add(now, source)
-        raise
 
 
 def authenticate(call: Call) -> Any:
     values = parse_fields(call.body, SIGN_IN)
     name, password = values.get("username", "").lower(), values.get("password", "")
-    now, source = call.core.clock(), call.core.caller.source
-    call.web.sources.check(now, source)
-    call.web.names.check(now, name)
-    try:
+    with call.web.a_try(call.core, name[:40]):
         session = sign_in(call.core, name, password)
-    except Unknown:
-        call.web.sources.add(now, source)
-        call.web.names.add(now, name)
-        raise
     return Message("signed in until %d" % session["expires"], {"UserName": name, "AuthToken": session["value"]})
 
 
