@@ -64,7 +64,7 @@ def make_user(home: Server, name: str, *networks: str, admin: bool = False) -> R
     """A user with a session."""
     core = home.core
     server.add_user(core, {"name": name, "password": PASSWORD, "admin": admin, "networks": ",".join(networks)})
-    return Rest(home, server.sign_in(core, name, PASSWORD)["value"])
+    return Rest(home, server._open_session(core, name, {"expires": core.now + server.SESSION}, "sign in")["value"])
 
 
 def api_token(home: Server, owner: str, name: str = "script", **values: Any) -> Rest:
