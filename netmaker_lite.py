@@ -4097,7 +4097,9 @@ class Web:
         """Admit, parse, act, show."""
         core = self.core.by(self.caller(route, path))
         body = self.fields(route)
-        query = {name: bottle.request.query.getunicode(name) or "" for name in bottle.request.query}
+        query = {name: bottle.request.query.getunicode(name) for name in bottle.request.query}
+        if None in query.values():
+            raise Invalid("the query is not UTF-8")
         found = route.handler(Call(self, core, path, body, query))
         if isinstance(found, Message):
             found = {"Code": 200, "Message": found.sentence, "Response": found.response}
