@@ -29,6 +29,10 @@ package: $(VENV)
 	rm -rf build dist
 	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(VENV)/bin/python -m build --no-isolation --outdir dist .
 
+# The man pages, docs/cli.md and the completions, from the tables of the programs.
+man: $(VENV)
+	$(VENV)/bin/python docs/make_man.py
+
 bench: $(VENV)
 	@for script in bench/*.py; do \
 		[ -e "$$script" ] || continue; \
@@ -56,4 +60,4 @@ clean:
 $(VENV):
 	$(TEST) venv
 
-.PHONY: all lint test types shell docs package bench cover lock demo clean $(VENV)
+.PHONY: all lint test types shell docs package man bench cover lock demo clean $(VENV)

@@ -28,6 +28,7 @@ Contents
     MODELS      the tables and their numbered migrations
     STORE       connections, and a change as one batch of conditional statements
     MESH        what nodes hear of each other: records, settings, observed endpoints; pure
+    RENDER      texts made of values: install script and line; pure
     MEMBERS     the networks in memory, proven fresh by one keyed read
     ACTIONS     one function for each thing that an administrator or an agent can do
     AGENTS      the agent protocol: join, exchange, look (docs/protocol.md)
@@ -36,7 +37,7 @@ Contents
     ROUTES      the table of routes, each with the role that it needs (docs/api.md)
     OPENAPI     the same table for machines
     SERVE       sockets, web servers, housekeeping
-    CLI         the table of commands, the parser, main
+    CLI         the command line's ways into this process (its table is netmaker_admin.py)
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ if "serve" in sys.argv[1:] and os.environ.get("SERVER_BACKEND") == "gevent":
 
     gevent.monkey.patch_all()
 
-import argparse
 import bisect
 import fcntl
+import io
 import ipaddress
 import json
 import logging
@@ -75,7 +76,7 @@ import threading
 import time
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from types import MappingProxyType
 from typing import (
     Any,
@@ -89,6 +90,7 @@ from typing import (
     Sequence,
     Union,
 )
+from urllib.parse import unquote_to_bytes
 
 try:
     import bottle
@@ -99,11 +101,12 @@ try:
 except ImportError as missing:
     sys.stderr.write(
         "netmaker-lite: the server needs %s, which is not installed here: "
-        "pip install bottle peewee pynacl waitress\n" % missing.name
+        "pip install bottle peewee pynacl waitress (for a server elsewhere netmaker-admin needs none)\n" % missing.name
     )
     raise SystemExit(1) from None
 
 import netclient_lite as agent
+import netmaker_admin
 from netclient_lite import (
     BadAnswer,
     Invalid,
@@ -681,6 +684,7 @@ class Network(peewee.Model):
     manual = peewee.BooleanField(default=False)
     is_local = peewee.BooleanField(default=False)
     local_range = _text()
+    hosted = peewee.BooleanField(default=False)  # the server's own host shall be a node of it
     silent = _number()  # seconds after which a node that is not heard of is removed; 0: never
     created = _number()
     modified = _number()
@@ -867,6 +871,7 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
     2: (
         "INSERT INTO meta (key, value) VALUES ('users', ''), ('setup', '')",
         "ALTER TABLE network ADD COLUMN silent BIGINT NOT NULL DEFAULT 0",
+        "ALTER TABLE network ADD COLUMN hosted BOOLEAN NOT NULL DEFAULT 0",
     ),
 }
 
@@ -1368,6 +1373,33 @@ def free_port(wanted: int, taken: Iterable[int]) -> int:
     while wanted in used:
         wanted = wanted + 1 if wanted < 65535 else 1024
     return wanted
+
+
+# --------------------------------------------------------------------------------------------------
+# RENDER
+# --------------------------------------------------------------------------------------------------
+
+FILES_PATH = "/meshclient/files/"
+
+# Two lines, because OpenWrt's BusyBox drops what goes beyond 511 bytes of one. The hash proves the script, so neither http nor
+# a certificate needs to be trusted; the token goes by the environment, which other users cannot read.
+INSTALL_LINE = """KEY={token} sh -c '
+f=`mktemp`||exit;trap "rm -f $f" 0 1 2 15;u=$0{path};for g in "curl -fgkLsm60 -o" "wget -q{trust} -O" \
+"uclient-fetch -qT20{trust} -O";do $g $f "$u"&&break;done 2>/dev/null;case `sha256sum<$f` in {hash}*)NM_SERVER=$0 sh $f "$@";;\
+*)echo "$u: no answer, or not the script of this line: check the network, or get a new line">&2;exit 1;;esac' {url}"""
+
+
+def install_script(template: str, agent_bytes: bytes) -> str:
+    """The install script as the server hands it out: it knows the hash of the agent."""
+    return template.replace("\nAGENT_SHA256=\n", "\nAGENT_SHA256=%s\n" % sha256(agent_bytes).hexdigest(), 1)
+
+
+def install_line(url: str, token: str, script_sha256: str) -> str:
+    """What to paste into a root shell: fetches the install script, compares its hash and runs it. Flags of join may follow."""
+    quoted = url if re.fullmatch("[A-Za-z0-9:/._-]+", url) else "'%s'" % url.replace("'", "'\\''")
+    trust = " --no-check-certificate" if url.startswith("https:") else ""
+    path = FILES_PATH + "install.sh"
+    return INSTALL_LINE.format(token=token, path=path, trust=trust, hash=script_sha256, url=quoted)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1935,8 +1967,40 @@ def server_urls(core: Core) -> tuple[str, ...]:
     return tuple(written.split()) if written else own_urls(core.settings)
 
 
+def client_files() -> dict[str, bytes]:
+    """What `/meshclient/files/` has: the agent, and the install script where it is installed with this module or beside it."""
+    source = os.path.splitext(os.path.abspath(agent.__file__))[0] + ".py"
+    above = os.path.dirname(source)
+    places = [above + "/shell/install.sh"]
+    for _ in range(4):  # of a wheel, from PREFIX/lib/python3.X/site-packages up
+        places.append(above + "/share/netmaker-lite/shell/install.sh")
+        above = os.path.dirname(above)
+    paths = [next(filter(os.path.isfile, choice), "") for choice in ([source], places)]
+    return _client_files(*((path, os.stat(path).st_mtime_ns) if path else ("", 0) for path in paths))
+
+
+@lru_cache(maxsize=1)
+def _client_files(source: tuple[str, int], script: tuple[str, int]) -> dict[str, bytes]:
+    """Read once, and again when a file is another: an agent updated under a running server gets its hash."""
+    files: dict[str, bytes] = {}
+    for name, (path, _) in {"netclient_lite.py": source, "install.sh": script}.items():
+        if not path:
+            log.warning("%s is not installed with this server: keys come without the line that installs the agent", name)
+            return files
+        with open(path, "rb") as stream:
+            files[name] = stream.read()
+    files["install.sh"] = install_script(files["install.sh"].decode(), files["netclient_lite.py"]).encode()
+    return files
+
+
+def line_for(url: str, token: str) -> str:
+    """The line that installs and joins with a token; "" where this server has no script."""
+    script = client_files().get("install.sh")
+    return install_line(url, token, sha256(script).hexdigest()) if script else ""
+
+
 def add_key(core: Core, network: str, name: str = "", uses: int | None = 1, lifetime: int | None = None) -> Row:
-    """An access key; `value` and `accessstring` are in the answer this one time."""
+    """An access key; `value`, `accessstring` and `install` are in the answer this one time."""
     owner = need_network(core, network)
     secret = b64(secrets.token_bytes(16))
     key_id = secrets.token_hex(4)
@@ -1957,8 +2021,9 @@ def add_key(core: Core, network: str, name: str = "", uses: int | None = 1, life
 
     core.change(build, "key add", owner["id"], new["name"])
     value = "%s.%s" % (key_id, secret)
-    token = agent.Token(server_urls(core), core.key.pin, owner["id"], value)
-    return {**new, "value": value, "accessstring": agent.make_token(token)}
+    urls = server_urls(core)
+    token = agent.make_token(agent.Token(urls, core.key.pin, owner["id"], value))
+    return {**new, "value": value, "accessstring": token, "install": line_for(urls[0], token)}
 
 
 def remove_key(core: Core, network: str, name: str) -> Row:
@@ -3447,7 +3512,7 @@ def remove_user(core: Core, name: str) -> Row:
 
 def _open_session(core: Core, owner: str, values: Row, action: str) -> Row:
     bearer = new_bearer("t" if values.get("name") else "s")
-    row = {**blank(Session), **values, "id": fingerprint(bearer), "owner": owner, "created": core.now}
+    row = {**blank(Session), "expires": None, **values, "id": fingerprint(bearer), "owner": owner, "created": core.now}
 
     def build() -> Batch:
         if row["name"] and core.store.row("SELECT 1 FROM session WHERE owner = ? AND name = ?", (owner, row["name"])):
@@ -3774,7 +3839,7 @@ KEY_FIELDS = (
     Field("uses", lambda row: row["uses"], check_uses, "number or null"),
     Field("expiration", lambda row: row["expires"], OrNothing(check_until, None), "number or null"),
     Field("created", "created", None, "number"),
-    *(Field(name, lambda row, name=name: row.get(name, "")) for name in ("value", "accessstring", "join")),  # type: ignore[misc]
+    *(Field(name, lambda row, name=name: row.get(name, "")) for name in ("value", "accessstring", "join", "install")),  # type: ignore[misc]
 )
 USER_FIELDS = (
     Field("username", "name", fold_user),
@@ -4149,10 +4214,17 @@ class Web:
     def getip(self) -> bytes:
         return self.send(Reply(200, self.source().encode()), "text/plain")
 
-    def agent_file(self) -> Any:
-        folder, name = os.path.split(os.path.abspath(agent.__file__))
-        kind = "text/x-python"
-        return bottle.static_file(os.path.splitext(name)[0] + ".py", root=folder, mimetype=kind)
+    def agent_file(self) -> bytes:
+        return self.file("netclient_lite.py", "text/x-python")
+
+    def install_file(self) -> bytes:
+        return self.file("install.sh", "text/x-shellscript")
+
+    def file(self, name: str, kind: str) -> bytes:
+        body = client_files().get(name)
+        if body is None:
+            raise Missing("this server was installed without %s" % name)
+        return self.send(Reply(200, body), kind)
 
     def hello(self) -> bytes:
         said = {"pin": b64(self.agents.core.key.pin), "version": __version__}
@@ -4384,6 +4456,16 @@ def get_audit(call: Call) -> Any:
     return [view(row, AUDIT_FIELDS) for row in audit(call.core, call.query.get("network", ""), start)]
 
 
+def host_network(hosted: bool) -> Callable[[Call], Any]:
+    """The server's host joins or leaves a network: its agent does, the server itself starts nothing as root."""
+
+    def handler(call: Call) -> Any:
+        name = set_network(call.core, call.path["n"], {"hosted": hosted})["id"]
+        return Message("the agent of the server's host %s %s when it looks there" % ("joins" if hosted else "leaves", name))
+
+    return handler
+
+
 def get_config(call: Call) -> Any:
     """The settings under the names that the original's configuration has."""
     settings = call.core.settings
@@ -4481,7 +4563,8 @@ NOT_AGENTS = (
 ROUTES = (
     Route("GET", "/api/health", ANY, Web.health),
     Route("GET", "/api/getip", ANY, Web.getip),
-    Route("GET", "/meshclient/files/netclient_lite.py", ANY, Web.agent_file),
+    Route("GET", FILES_PATH + "netclient_lite.py", ANY, Web.agent_file),
+    Route("GET", FILES_PATH + "install.sh", ANY, Web.install_file),
     Route("GET", agent.HELLO_PATH, "agent", Web.hello),
     Route("POST", agent.JOIN_PATH, "agent", Web.join),
     Route("POST", agent.EXCHANGE_PATH, "agent", Web.exchange),
@@ -4506,7 +4589,7 @@ ROUTES = (
     Route("PUT", A_NODE, MINE, put_node, NODE_FIELDS, "Node"),
     Route("DELETE", A_NODE, MINE, delete_node, (), "message"),
     Route("POST", A_NODE + "/approve", MINE, approve_node, (), "text"),
-    Route("POST", A_NODE + "/reject", MINE, node_handler(reject), (), "message"),
+    Route("POST", A_NODE + "/reject", MINE, node_handler(reject), (), "Node"),
     Route("POST", A_NODE + "/disable", MINE, node_handler(disable), (), "Node"),
     Route("POST", A_NODE + "/enable", MINE, node_handler(enable), (), "Node"),
     Route("GET", USERS + "/adm/hasadmin", ANY, get_has_admin, (), "truth"),
@@ -4524,6 +4607,8 @@ ROUTES = (
     Route("POST", USERS + "/<u>/tokens", SELF, new_token, TOKEN_FIELDS, "Token"),
     Route("DELETE", USERS + "/<u>/tokens/<name>", SELF, delete_token, (), "message"),
     Route("GET", "/api/audit", USER, get_audit, (), "[Audit]"),
+    Route("POST", "/api/server/addnetwork/<n>", ADMIN, host_network(True), (), "message"),
+    Route("DELETE", "/api/server/removenetwork/<n>", ADMIN, host_network(False), (), "message"),
     Route("GET", "/api/server/getconfig", USER, get_config, (), "object"),
     Route("GET", "/api/server/status", USER, status, (), "object"),
     Route("GET", "/metrics", ADMIN, metrics),
@@ -4880,12 +4965,32 @@ def _serve(core: Core, socks: Sequence[socket.socket], run: Callable[..., None],
 # --------------------------------------------------------------------------------------------------
 
 
-class Printed(NamedTuple):
-    """What a command prints, the object for --json or the lines for people, and its exit status."""
+class InProcess:
+    """The application, called without a socket by who may read the data folder: an administrator."""
 
-    value: Any
-    lines: list[str]
-    status: int = 0
+    def __init__(self, core: Core, name: str) -> None:
+        self.core, self.caller = core, Caller(name, "this host")
+        self.app = make_app(Agents(core, Sight(core.settings)))
+
+    def call(self, method: str, path: str, body: Any) -> netmaker_admin.Answer:
+        place, _, query = path.partition("?")
+        data = b"" if body is None else dump(body)
+        environ = {
+            "REQUEST_METHOD": method, "SCRIPT_NAME": "", "PATH_INFO": unquote_to_bytes(place).decode("latin-1"),
+            "QUERY_STRING": query, "CONTENT_TYPE": "application/json", "CONTENT_LENGTH": str(len(data)),
+            "SERVER_NAME": "localhost", "SERVER_PORT": "0", "SERVER_PROTOCOL": "HTTP/1.1", "REMOTE_ADDR": "127.0.0.1",
+            "wsgi.version": (1, 0), "wsgi.url_scheme": "http", "wsgi.input": io.BytesIO(data), "wsgi.errors": sys.stderr,
+            "wsgi.multithread": False, "wsgi.multiprocess": True, "wsgi.run_once": True,
+            CALLER: self.caller,
+        }  # fmt: skip
+        said: list[Any] = []
+        parts = self.app(environ, lambda status, headers, *_: said.extend((status, dict(headers))))
+        answer = b"".join(parts)
+        is_json = said[1].get("Content-Type", "").startswith("application/json")
+        return netmaker_admin.Answer(int(said[0][:3]), json.loads(answer) if is_json else None, answer)
+
+    def close(self) -> None:
+        self.core.store.close()
 
 
 def write(line: str) -> None:
@@ -4893,318 +4998,63 @@ def write(line: str) -> None:
     sys.stdout.flush()
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "-"
-    return "-" if value in ("", None) else str(value)
+class Local:
+    """What the command line can do on this host: the calls in this process, and what is no REST call."""
 
+    def __init__(self, environment: Mapping[str, str]) -> None:
+        self.environment = environment
+        self.settings = [(each.name, each.default, each.help) for each in SETTINGS]
+        self.commands = {"serve": self.serve, "backup": self.backup, "restore": self.restore, "check": self.check}
 
-def aligned(rows: Sequence[Row], columns: Mapping[str, str], none: str) -> list[str]:
-    """Aligned columns under their headings; columns: heading → field."""
-    if not rows:
-        return [none]
-    cells = [list(columns)] + [[_cell(row[field]) for field in columns.values()] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    return ["  ".join(map(str.ljust, line, widths)).rstrip() for line in cells]
+    def _settings(self, args: Any, **forced: str) -> Settings:
+        """The settings that hold for a command; root becomes the owner of the data."""
+        flags = {**{name: getattr(args, flag, "") for flag, name in FLAGS.items()}, **forced}
+        settings = Settings({name: value for name, value in flags.items() if value}, self.environment)
+        level = (logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG)[settings["VERBOSITY"]]
+        logging.basicConfig(level=level, format="%(message)s")
+        for doubt in settings.doubts:
+            log.warning(doubt)
+        as_owner(settings.data)
+        return settings
 
+    def open(self, args: Any) -> InProcess:
+        name = self.environment.get("SUDO_USER") or self.environment.get("USER") or "root"
+        return InProcess(open_core(self._settings(args, REST_BACKEND="on"), args.command.founds), name)
 
-def _date(then: int) -> str:
-    return time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(then))
+    def serve(self, args: Any) -> netmaker_admin.Printed:
+        serve(self._settings(args), write, args.new_key)
+        return netmaker_admin.Printed(None, [])
 
-
-def listing(row: Row) -> list[str]:
-    """One object, a line for each field."""
-    width = max(map(len, row))
-    shown = {**row, **{name: _date(row[name]) for name in DATES & row.keys() if row[name]}}
-    return ["%s  %s" % (name.ljust(width), _cell(value)) for name, value in shown.items()]
-
-
-def ago(then: int) -> str:
-    """How long ago, for people."""
-    seconds = max(0, int(time.time()) - then)
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return "%d %s ago" % (seconds // size, unit)
-    return "%d s ago" % seconds if then else "never"
-
-
-Arguments = argparse.Namespace
-DATES = {"expdatetime", "lastcheckin", "lastmodified", "networklastmodified", "nodeslastmodified"}
-NETWORK_COLUMNS = {
-    "NETWORK": "netid", "RANGE": "addressrange", "RANGE6": "addressrange6", "NODES": "nodes",
-    "REVISION": "revision",
-}  # fmt: skip
-NODE_TABLE = {
-    "NAME": "name", "ID": "id", "ADDRESS": "address", "ADDRESS6": "address6", "ENDPOINT": "endpoint",
-    "PORT": "listenport", "STATUS": "status", "SEEN": "seen",
-}  # fmt: skip
-KEY_COLUMNS = {"NAME": "name", "USES LEFT": "uses", "EXPIRES": "expires"}
-
-
-def cmd_network_list(core: Core, args: Arguments) -> Printed:
-    shown = [view_network(row, core.settings) for row in networks(core)]
-    none = "no networks: netmaker-lite network add NAME --range 10.20.30.0/24"
-    return Printed(shown, aligned(shown, NETWORK_COLUMNS, none))
-
-
-def cmd_network_show(core: Core, args: Arguments) -> Printed:
-    shown = view_network(need_network(core, args.network), core.settings)
-    return Printed(shown, listing(shown))
-
-
-def cmd_network_remove(core: Core, args: Arguments) -> Printed:
-    row = remove_network(core, args.network)
-    return Printed(view_network(row, core.settings), ["network %s removed" % row["id"]])
-
-
-def _until(key: Row) -> str:
-    return ", until " + _date(key["expiration"]) if key["expiration"] else ""
-
-
-def cmd_key_add(core: Core, args: Arguments) -> Printed:
-    try:
-        uses = None if args.uses == "unlimited" else Whole(1, 1 << 31)(args.uses)
-    except Invalid as bad:
-        raise Invalid("--uses takes a whole number from 1 on, or unlimited, not %r" % args.uses) from bad
-    lifetime = check_lifetime(args.expires) if args.expires else None
-    shown = view_key(add_key(core, args.network, args.name, uses, lifetime))
-    lines = [
-        "key %s for %s, uses: %s%s" % (shown["name"], shown["network"], args.uses, _until(shown)),
-        "  key    %s" % shown["value"],
-        "  token  %s" % shown["accessstring"],
-        "  join   %s" % shown["join"],
-        "This is shown once.",
-    ]
-    return Printed(shown, lines)
-
-
-def _expiry(end: int | None) -> str:
-    return "never" if end is None else "expired" if end <= time.time() else _date(end)
-
-
-def cmd_key_list(core: Core, args: Arguments) -> Printed:
-    shown = [view_key(row) for row in access_keys(core, args.network)]
-    for_people = [
-        {
-            **row,
-            "uses": "unlimited" if row["uses"] is None else row["uses"],
-            "expires": _expiry(row["expiration"]),
-        }
-        for row in shown
-    ]
-    none = "no keys: netmaker-lite key add %s" % args.network
-    return Printed(shown, aligned(for_people, KEY_COLUMNS, none))
-
-
-def cmd_key_remove(core: Core, args: Arguments) -> Printed:
-    row = remove_key(core, args.network, args.key)
-    return Printed(view_key(row), ["key %s removed: nobody can join with it any more" % row["name"]])
-
-
-def cmd_node_list(core: Core, args: Arguments) -> Printed:
-    network = need_network(core, args.network)
-    shown = [view_node(row, network, core.settings) for row in nodes(core, args.network)]
-    for_people = [{**row, "seen": ago(row["lastcheckin"])} for row in shown]
-    none = "no nodes: netmaker-lite key add %s prints the line that joins one" % network["id"]
-    return Printed(shown, aligned(for_people, NODE_TABLE, none))
-
-
-def cmd_node_show(core: Core, args: Arguments) -> Printed:
-    node = need_node(core, args.network, args.node)
-    shown = view_node(node, need_network(core, args.network), core.settings)
-    sql = (
-        "SELECT node.name, observed.endpoint FROM observed JOIN node ON node.id = observed.observer"
-        " WHERE observed.node = ? ORDER BY node.name"
-    )
-    seen_by = {name: place or "no handshake" for name, place in core.store.rows(sql, (node["id"],))}
-    people = ["%s sees it at %s" % pair for pair in seen_by.items()]
-    return Printed({**shown, "seenby": seen_by}, listing(shown) + people)
-
-
-def node_command(action: Callable[[Core, Row], Row], done: str) -> Callable[[Core, Arguments], Printed]:
-    """A command that does one thing to one node."""
-
-    def command(core: Core, args: Arguments) -> Printed:
-        node = action(core, need_node(core, args.network, args.node))
-        shown = view_node(node, need_network(core, args.network), core.settings)
-        return Printed(shown, ["node %s %s" % (node["name"], done)])
-
-    return command
-
-
-def cmd_backup(core: Core, args: Arguments) -> Printed:
-    backup(core, args.file, args.with_key)
-    note = "" if args.with_key else ", without server.key: keep that file too, or use --with-key"
-    value = {"file": args.file, "with_key": "yes" if args.with_key else "no"}
-    return Printed(value, ["backup written to %s%s" % (args.file, note)])
-
-
-def cmd_check(core: Core, args: Arguments) -> Printed:
-    found = check(core)
-    lines = found or ["the database is in order"]
-    return Printed({"findings": found}, lines, 1 if found else 0)
-
-
-def cmd_restore(settings: Settings, args: Arguments) -> Printed:
-    make_folder(settings.data)
-    held = lock_folder(settings.data)
-    try:
-        done = restore(settings, args.file)
-    finally:
-        os.close(held)
-    back = ["%s (%s, network %s)" % (node["name"], node["id"], node["network"]) for node in done.back]
-    lines = ["restored: %d nodes" % done.nodes]
-    lines += ["removed since the backup and back in now: " + each for each in back]
-    value = {"nodes": done.nodes, "back": [node["id"] for node in done.back]}
-    return Printed(value, lines)
-
-
-def cmd_serve(settings: Settings, args: Arguments) -> Printed:
-    serve(settings, write, args.new_key)
-    return Printed(None, [])
-
-
-def cmd_version(nothing: object, args: Arguments) -> Printed:
-    return Printed({"version": __version__}, ["netmaker-lite " + __version__])
-
-
-class Argument(NamedTuple):
-    """An argument of a command, as argparse wants it."""
-
-    flags: tuple[str, ...]
-    options: Mapping[str, Any]
-
-
-def arg(*flags: str, **options: Any) -> Argument:
-    return Argument(flags, options)
-
-
-class Command(NamedTuple):
-    """A command: its words, what it does, its arguments, what runs it, and whether on the open data or the settings alone."""
-
-    words: str
-    help: str
-    arguments: tuple[Argument, ...]
-    run: Callable[[Any, Arguments], Printed]
-    on_data: bool = True
-
-
-NETWORK = arg("network", metavar="NETWORK", help="its name")
-NODE = arg("node", metavar="NODE", help="id or name")
-COMMANDS = (
-    Command(
-        "serve",
-        "run the server",
-        (
-            arg("--host", metavar="ADDRESS", help="address to listen on (0.0.0.0)"),
-            arg("--port", metavar="N", help="port to listen on (8081)"),
-            arg("--new-key", action="store_true", help="the server.key is lost: make another, every agent joins again"),
-        ),
-        cmd_serve,
-        False,
-    ),
-    Command("network list", "all networks", (), cmd_network_list),
-    Command("network show", "one network", (NETWORK,), cmd_network_show),
-    Command("network remove", "forget a network without nodes", (NETWORK,), cmd_network_remove),
-    Command(
-        "key add",
-        "make an access key; print what joins a machine, once",
-        (
-            NETWORK,
-            arg("--name", default="", metavar="N", help="its name (chosen by itself)"),
-            arg("--uses", default="1", metavar="N", help="machines that may join, or `unlimited` (1)"),
-            arg("--expires", default="", metavar="24h", help="how long it is good (for ever)"),
-        ),
-        cmd_key_add,
-    ),
-    Command("key list", "the access keys of a network", (NETWORK,), cmd_key_list),
-    Command(
-        "key remove",
-        "make an access key useless",
-        (NETWORK, arg("key", metavar="NAME", help="its name")),
-        cmd_key_remove,
-    ),
-    Command("node list", "the nodes of a network", (NETWORK,), cmd_node_list),
-    Command("node show", "one node", (NETWORK, NODE), cmd_node_show),
-    Command("node approve", "let a pending node in", (NETWORK, NODE), node_command(approve, "approved")),
-    Command("node reject", "turn a pending node away", (NETWORK, NODE), node_command(reject, "turned away")),
-    Command("node disable", "take it out of the mesh", (NETWORK, NODE), node_command(disable, "disabled")),
-    Command("node enable", "let it in again", (NETWORK, NODE), node_command(enable, "enabled")),
-    Command("node remove", "end its membership", (NETWORK, NODE), node_command(remove_node, "removed")),
-    Command(
-        "backup",
-        "write everything into one file",
-        (
-            arg("file", metavar="FILE", help="the backup"),
-            arg("--with-key", action="store_true", help="with server.key: keep it like a password"),
-        ),
-        cmd_backup,
-    ),
-    Command("restore", "take over a backup", (arg("file", metavar="FILE", help="the backup"),), cmd_restore, False),
-    Command("check", "look for faults in the database", (), cmd_check),
-    Command("version", "print the version", (), cmd_version, False),
-)
-NOUNS = {"network": "networks", "key": "access keys", "node": "nodes"}
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The parser of the command table."""
-    settings = ["  %-22s  %s%s" % (each.name, each.help, each.default and " [%s]" % each.default) for each in SETTINGS]
-    parser = argparse.ArgumentParser(
-        prog="netmaker-lite",
-        description="Server of a WireGuard mesh, and its administrator's tool.",
-        epilog="Settings (environment or netmaker.env): " + ", ".join(each.name for each in SETTINGS),
-    )
-    verbs = parser.add_subparsers(metavar="COMMAND", required=True)
-    groups = {}
-    for noun, what in NOUNS.items():
-        group = verbs.add_parser(noun, help=what)
-        groups[noun] = group.add_subparsers(metavar="VERB", required=True)
-    for command in COMMANDS:
-        noun, _, verb = command.words.rpartition(" ")
-        place = groups[noun] if noun else verbs
-        one = place.add_parser(verb, help=command.help, description=command.help)
-        one.set_defaults(command=command, data="", json=False)
-        if command.run is not cmd_version:
-            one.add_argument("--data", metavar="DIR", help="the data folder")
-        if command.run is not cmd_serve:
-            one.add_argument("--json", action="store_true", help="print JSON")
-        else:
-            one.formatter_class = argparse.RawDescriptionHelpFormatter
-            one.epilog = "settings (environment, or netmaker.env in the data folder):\n" + "\n".join(settings)
-        for argument in command.arguments:
-            one.add_argument(*argument.flags, **argument.options)
-    return parser
-
-
-def show(printed: Printed, as_json: bool) -> None:
-    lines = [json.dumps(printed.value, indent=2)] if as_json and printed.value is not None else printed.lines
-    for line in lines:
-        write(line)
-
-
-def run_command(args: Arguments, environment: Mapping[str, str]) -> int:
-    """One command; its exit status."""
-    command: Command = args.command
-    if command.run is cmd_version:
-        show(cmd_version(None, args), args.json)
-        return 0
-    given = FLAGS if command.run is cmd_serve else {"data": FLAGS["data"]}
-    flags = {name: getattr(args, flag) for flag, name in given.items() if getattr(args, flag)}
-    settings = Settings(flags, environment)
-    level = (logging.ERROR, logging.WARNING, logging.INFO, logging.DEBUG)[settings["VERBOSITY"]]
-    logging.basicConfig(level=level, format="%(message)s")
-    for doubt in settings.doubts:
-        log.warning(doubt)
-    as_owner(settings.data)
-    core = open_core(settings, False) if command.on_data else None
-    try:
-        printed = command.run(core or settings, args)
-    finally:
-        if core is not None:
+    def backup(self, args: Any) -> netmaker_admin.Printed:
+        core = open_core(self._settings(args), False)
+        try:
+            backup(core, args.file, args.with_key)
+        finally:
             core.store.close()
-    show(printed, args.json)
-    return printed.status
+        note = "" if args.with_key else ", without server.key: keep that file too, or use --with-key"
+        value = {"file": args.file, "with_key": "yes" if args.with_key else "no"}
+        return netmaker_admin.Printed(value, ["backup written to %s%s" % (args.file, note)])
+
+    def restore(self, args: Any) -> netmaker_admin.Printed:
+        settings = self._settings(args)
+        make_folder(settings.data)
+        held = lock_folder(settings.data)
+        try:
+            done = restore(settings, args.file)
+        finally:
+            os.close(held)
+        back = ["%s (%s, network %s)" % (node["name"], node["id"], node["network"]) for node in done.back]
+        lines = ["restored: %d nodes" % done.nodes]
+        lines += ["removed since the backup and back in now: " + each for each in back]
+        return netmaker_admin.Printed({"nodes": done.nodes, "back": [node["id"] for node in done.back]}, lines)
+
+    def check(self, args: Any) -> netmaker_admin.Printed:
+        core = open_core(self._settings(args), False)
+        try:
+            found = check(core)
+        finally:
+            core.store.close()
+        return netmaker_admin.Printed({"findings": found}, found or ["the database is in order"], 1 if found else 0)
 
 
 def not_ours(path: str) -> str:
@@ -5219,17 +5069,15 @@ def not_ours(path: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ) -> int:
-    args = make_parser().parse_args(argv)
+    """The command line, with what this host adds to it."""
     try:
-        return run_command(args, environment)
+        return netmaker_admin.main(argv, environment, Local(environment))
     except (ServerError, Invalid) as problem:
         sys.stderr.write("netmaker-lite: %s\n" % problem)
         return 2 if isinstance(problem, Invalid) else 1
     except PermissionError as problem:
         sys.stderr.write("netmaker-lite: %s\n" % not_ours(problem.filename or "/"))
         return 1
-    except BrokenPipeError:
-        return 0
 
 
 if __name__ == "__main__":

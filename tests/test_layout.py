@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shape of the two files: sections in the order of the contents, each on what stands above it, effects where they belong.
+"""The shape of the three files: sections in the order of the contents, each on what stands above it, effects where they belong.
 
 What a section may do stands in the table RULES, one row for each file.
 """
@@ -92,7 +92,7 @@ RULES = {
             "nacl": ("IMPORTS", "TOKENS", "AGENTS"),
             "gevent": ("IMPORTS", "SERVE"),
             "waitress": ("SERVE",),
-            "argparse": ("IMPORTS", "CLI"),
+            "argparse": (),
             "fcntl": ("IMPORTS", "STORE", "SERVE"),
             "signal": ("IMPORTS", "SERVE", "CLI"),
             "threading": ("IMPORTS", "STORE", "MEMBERS", "AGENTS", "SERVE"),
@@ -103,7 +103,7 @@ RULES = {
         },
         writes={"TOKENS": EVERYWHERE, "STORE": EVERYWHERE, "ACTIONS": EVERYWHERE, "SERVE": EVERYWHERE},
         changes=("TOKENS", "STORE", "ACTIONS", "SERVE", "CLI"),
-        pure=("ERRORS", "ADDRESSES", "MESH"),
+        pure=("ERRORS", "ADDRESSES", "MESH", "RENDER"),
         imports=(
             *LIGHT,
             *("bisect", "collections", "functools", "heapq", "itertools", "logging", "random", "resource", "secrets"),
@@ -115,7 +115,9 @@ RULES = {
                 "shutil",
                 "getpass",
                 "base64",
+                "io",
                 "netclient_lite",
+                "netmaker_admin",
             ),
         ),
         optional={
@@ -124,11 +126,33 @@ RULES = {
             "nacl": ("IMPORTS", "TOKENS", "AGENTS"),
             "gevent": ("IMPORTS", "SERVE"),
             "waitress": ("SERVE",),
-            "requests": ("CLI",),
-            "segno": ("RENDER", "VIEWS", "CLI"),
+            "segno": ("RENDER", "VIEWS"),
             "prometheus_client": ("ROUTES",),
             "psycopg": ("STORE",),
         },
+    ),
+    "netmaker_admin.py": Rules(
+        limit=60 * 1024,
+        names={
+            "subprocess": (),
+            "print": (),
+            "signal": (),
+            "threading": (),
+            "argparse": ("IMPORTS", "COMMANDS", "WORDS"),
+            "getpass": ("IMPORTS", "CLI"),
+            "os.environ": ("CLI",),
+            "os._exit": (),
+            "os.kill": (),
+            "input": (),
+        },
+        writes={},
+        changes=(),
+        pure=("CALLS", "COMPLETION"),
+        imports=(
+            *("argparse", "getpass", "io", "ipaddress", "json", "os", "re", "stat", "sys", "textwrap", "time", "typing"),
+            *("urllib.parse", "__future__"),
+        ),
+        optional={"requests": ("HTTP",), "segno": ("PRINTING",)},
     ),
 }
 # Names that stand for the world outside; a pure section has none of them.
@@ -149,7 +173,7 @@ WORLD = (
 )
 WORLD_ALLOWED = {("netclient_lite.py", "TOKENS"): ("os", "_os"), ("netclient_lite.py", "SETTINGS"): ("os",)}  # chance; listdir
 
-# Never, in either file: shells, and whatever starts a process beside subprocess.
+# Never, in any of them: shells, and whatever starts a process beside subprocess.
 NEVER = (
     *("system", "popen", "popen2", "fork", "forkpty", "startfile", "posix_spawn", "posix_spawnp", "getoutput", "getstatusoutput"),
     *("spawnl", "spawnle", "spawnlp", "spawnlpe", "spawnv", "spawnve", "spawnvp", "spawnvpe"),
@@ -165,7 +189,7 @@ WRITING_FLAGS = {"O_WRONLY", "O_RDWR", "O_CREAT", "O_APPEND", "O_TRUNC"}
 
 
 class File:
-    """One of the two files: its text, its tree, its sections."""
+    """One of the files: its text, its tree, its sections."""
 
     def __init__(self, name: str) -> None:
         self.name, self.rules = name, RULES[name]
@@ -376,6 +400,26 @@ def test_the_agent_imports_what_may_be_missing_inside_functions_alone():
             modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             assert not {module.split(".")[0] for module in modules} & set(agent.rules.optional), f"line {node.lineno}"
     assert not re.search(r"^\s*(import|from) (bottle|peewee|netmaker_lite)\b", agent.source, re.M)
+
+
+def test_the_command_line_stands_alone():
+    """On a laptop there is neither the server's file nor what that needs, nor need there be requests or segno."""
+    missing = ("netmaker_lite", "netclient_lite", "bottle", "peewee", "nacl", "requests", "segno")
+    code = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in %r:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+sys.path.insert(0, %r)
+import netmaker_admin
+sys.exit(netmaker_admin.main(["version"]))
+"""
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code % (missing, str(REPO))], capture_output=True, text=True, timeout=30
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_server_takes_from_the_agent_and_never_the_other_way_round():
