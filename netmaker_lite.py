@@ -4363,7 +4363,9 @@ def approve_node(call: Call) -> Any:
 
 def node_handler(action: Callable[[Core, Row], Row]) -> Callable[[Call], Any]:
     """A handler that does one thing to one node."""
-    return lambda call: call.show(action(call.core, call.node))
+    handler = lambda call: call.show(action(call.core, call.node))  # noqa: E731
+    handler.__doc__ = action.__name__.replace("_", " ") + " node"
+    return handler
 
 
 def last_modified(call: Call) -> Any:
@@ -4575,7 +4577,7 @@ ROUTES = (
     Route("PUT", NET + "/<n>", ADMIN, put_network, NETWORK_FIELDS, "Network"),
     Route("PUT", NET + "/<n>/nodelimit", ADMIN, put_network, NETWORK_FIELDS, "Network"),
     Route("DELETE", NET + "/<n>", ADMIN, delete_network, (), "message"),
-    Route("GET", NET + "/<n>/graph", MINE, graph, (), "object"),
+    Route("GET", NET + "/<n>/graph", MINE, graph, (), "Graph"),
     Route("GET", NET + "/<n>/keys", MINE, get_keys, (), "[AccessKey]"),
     Route("POST", NET + "/<n>/keys", MINE, new_key, KEY_TAKES, "AccessKey"),
     Route("DELETE", NET + "/<n>/keys/<name>", MINE, delete_key, (), "message"),
@@ -4609,8 +4611,8 @@ ROUTES = (
     Route("GET", "/api/audit", USER, get_audit, (), "[Audit]"),
     Route("POST", "/api/server/addnetwork/<n>", ADMIN, host_network(True), (), "message"),
     Route("DELETE", "/api/server/removenetwork/<n>", ADMIN, host_network(False), (), "message"),
-    Route("GET", "/api/server/getconfig", USER, get_config, (), "object"),
-    Route("GET", "/api/server/status", USER, status, (), "object"),
+    Route("GET", "/api/server/getconfig", USER, get_config, (), "Config"),
+    Route("GET", "/api/server/status", USER, status, (), "Status"),
     Route("GET", "/metrics", ADMIN, metrics),
     Route("GET", "/api/openapi.json", ANY, openapi, (), "object"),
 )
@@ -4624,12 +4626,44 @@ SCHEMAS: dict[str, Sequence[Field]] = {
     "Network": NETWORK_FIELDS, "AccessKey": KEY_FIELDS, "Node": NODE_FIELDS, "User": USER_FIELDS, "Token": TOKEN_FIELDS,
     "Audit": AUDIT_FIELDS,
 }  # fmt: skip
-MESSAGE: Row = {"type": "object", "properties": {"Code": {"type": "integer"}, "Message": TEXT}, "required": ["Code", "Message"]}
+
+
+def shape(texts: str, numbers: str = "", **others: Row) -> Row:
+    """An object that always has these members."""
+    found = {**dict.fromkeys(texts.split(), TEXT), **dict.fromkeys(numbers.split(), KINDS["number"]), **others}
+    return {"type": "object", "properties": found, "required": sorted(found)}
+
+
+def list_of(one: Row) -> Row:
+    return {"type": "array", "items": one}
+
+
+MESSAGE = shape("Message", "Code", Response={})
+PROBLEM = shape("Message error", "Code")
+OBJECTS: dict[str, Row] = {
+    "Graph": shape("", nodes=list_of(shape("id name address status")), links=list_of(shape("from to endpoint", handshake=KINDS["truth"]))),
+    "Config": shape(
+        "APIConnString APIHost APIPort MasterKey AllowedOrigin RestBackend AgentBackend Database CheckinInterval Version Platform",
+        "DefaultNodeLimit Verbosity",
+    ),
+    "Status": shape(
+        "version incarnation pin database", "uptime time networks nodes schema polls poll_limit",
+        urls=KINDS["texts"], status={"type": "object", "additionalProperties": KINDS["number"]},
+    ),
+}  # fmt: skip
 PLAIN = {"message": MESSAGE, "object": KINDS["object"], "text": TEXT, "number": KINDS["number"], "truth": KINDS["truth"]}
+JSON, BYTES = "application/json", "application/octet-stream"
+WRITTEN: dict[Any, tuple[str, Row]] = {  # by handlers themselves
+    Web.health: (JSON, shape("status version")), Web.hello: (JSON, shape("pin version")), Web.getip: ("text/plain", TEXT),
+    Web.look: ("text/plain", TEXT), Web.join: (BYTES, {}), Web.exchange: (BYTES, {}), metrics: ("text/plain", TEXT),
+}  # fmt: skip
+QUERIES: dict[Any, Row] = {get_audit: {"network": TEXT, "since": TEXT}, Web.look: {"have": TEXT, "wait": TEXT}}
+PAGES = {"page": Whole(1, 1 << 31).schema, "per_page": Whole(1, PER_PAGE).schema}
 PROBLEMS = {
     400: "bad input", 401: "who are you?", 403: "not yours", 404: "none such", 409: "something else is there, or in the way",
     410: "used up", 413: "too large", 429: "slow down", 503: "not now",
 }  # fmt: skip
+PART = "<([a-z0-9]+)>"
 
 
 def field_schema(field: Field) -> Row:
@@ -4642,35 +4676,41 @@ def body_schema(fields: Sequence[Field]) -> Row:
     return {"type": "object", "properties": {field.name: {} if field.check is None else field_schema(field) for field in fields}}
 
 
+def object_schema(fields: Sequence[Field]) -> Row:
+    """Of an answer; a `Field` with no source and no check is there in some answers only."""
+    shown = {field.name: field_schema(field) for field in fields if field.source != "" or field.check is None}
+    return {"type": "object", "properties": shown, "required": [field.name for field in fields if field.source != ""]}
+
+
 def answer_schema(gives: str) -> Row:
     name = gives.strip("[]")
     one = PLAIN.get(name) or {"$ref": "#/components/schemas/" + name}
-    return {"type": "array", "items": one} if gives.startswith("[") else one
+    return list_of(one) if gives.startswith("[") else one
 
 
 def operation(route: Route) -> Row:
     """One route as OpenAPI has it."""
-    names = re.findall("<([a-z]+)>", route.path)
-    kind = "application/json" if route.gives else "application/octet-stream" if route.role == "agent" else "*/*"
-    good: Row = {"description": "done"}
-    if route.gives:
-        good["content"] = {kind: {"schema": answer_schema(route.gives)}}
+    kind, schema = (JSON, answer_schema(route.gives)) if route.gives else WRITTEN.get(route.handler, ("*/*", {}))
+    query = {**QUERIES.get(route.handler, {}), **(PAGES if route.gives.startswith("[") else {})}
+    names = re.findall(PART, route.path)
     found: Row = {
-        "operationId": (route.method + re.sub("[^a-z]+", "_", route.path)).lower(),
+        "operationId": (route.method + re.sub("[^a-z0-9]+", "_", route.path)).lower(),
         "tags": [route.role],
-        "summary": " ".join((route.handler.__doc__ or route.handler.__name__.replace("_", " ")).split("\n")[0].split()),
-        "parameters": [{"name": name, "in": "path", "required": True, "schema": TEXT} for name in names],
-        "responses": {"200": good},
+        "summary": (route.handler.__doc__ or route.handler.__name__.replace("_", " ")).strip().split("\n")[0],
+        "parameters": [
+            *({"name": name, "in": "path", "required": True, "schema": TEXT} for name in names),
+            *({"name": name, "in": "query", "schema": what} for name, what in query.items()),
+        ],
+        "responses": {"200": {"description": "done", "content": {kind: {"schema": schema}}}},
     }
-    if route.gives.startswith("["):
-        found["parameters"] += [
-            {"name": name, "in": "query", "schema": {"type": "integer", "minimum": 1}} for name in ("page", "per_page")
-        ]
     if route.takes:
-        found["requestBody"] = {"content": {"application/json": {"schema": body_schema(route.takes)}}}
+        found["requestBody"] = {"content": {JSON: {"schema": body_schema(route.takes)}}}
     if route.role in (USER, MINE, SELF, ADMIN):
         found["security"] = [{"bearer": []}]
-    found["responses"].update({str(number): {"$ref": "#/components/responses/%d" % number} for number in PROBLEMS})
+    if route.role == "agent":
+        found["responses"]["default"] = {"description": "docs/protocol.md tells"}
+    else:
+        found["responses"].update({str(number): {"$ref": "#/components/responses/%d" % number} for number in PROBLEMS})
     return found
 
 
@@ -4678,14 +4718,14 @@ def openapi_of(routes: Iterable[Route]) -> Row:
     """The routes as an OpenAPI 3.1 document."""
     paths: dict[str, Row] = {}
     for route in routes:
-        paths.setdefault(re.sub("<([a-z]+)>", r"{\1}", route.path), {})[route.method.lower()] = operation(route)
-    schemas = {
-        name: {"type": "object", "properties": {field.name: field_schema(field) for field in fields if field.source != ""}}
-        for name, fields in SCHEMAS.items()
+        paths.setdefault(re.sub(PART, r"{\1}", route.path), {})[route.method.lower()] = operation(route)
+    about = {"title": "netmaker-lite", "version": __version__, "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"}}
+    errors = {str(n): {"description": what, "content": {JSON: {"schema": PROBLEM}}} for n, what in PROBLEMS.items()}
+    parts = {
+        "schemas": {**{name: object_schema(fields) for name, fields in SCHEMAS.items()}, **OBJECTS},
+        "responses": errors,
+        "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
     }
-    about = {"title": "netmaker-lite", "version": __version__, "license": {"name": "Apache-2.0"}}
-    errors = {str(n): {"description": what, "content": {"application/json": {"schema": MESSAGE}}} for n, what in PROBLEMS.items()}
-    parts = {"schemas": schemas, "responses": errors, "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}}
     return {"openapi": "3.1.0", "info": about, "paths": paths, "components": parts}
 
 

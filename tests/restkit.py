@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 from typing import Any, Mapping, NamedTuple
 
-from serverkit import Client, Server
+from serverkit import Client, Server, wireguard_key
 
+import netclient_lite as agent
 import netmaker_lite as server
 
 PASSWORD = "correct horse battery"
@@ -100,7 +102,7 @@ class World:
             node.exchange({"facts": node.facts})
         self.admin, self.root = make_user(home, "root", admin=True), make_user(home, "second-root", admin=True)
         self.carol, self.mallory = make_user(home, "carol", "default"), make_user(home, "mallory", "other")
-        self.nobody = Rest(home)
+        self.nobody, self.token = Rest(home), api_token(home, "carol", "carols")
 
     def revoked(self) -> dict[str, Rest]:
         """Bearer tokens that were good once."""
@@ -128,7 +130,50 @@ class World:
         return {
             "node id": self.node.node, "node's capability": self.node.look, "pending node's capability": self.pending.look,
             "node's auth key": row["auth"], "node's WireGuard key": row["key"], "access key": self.access,
-            "access key's secret": self.access.partition(".")[2], "pin": server.b64(self.home.pin),
-            "server.key": server.b64(core.key.private), "hash": server.need_user(core, "root")["password"],
+            "access key's secret": self.access.partition(".")[2], "pin": agent.b64(self.home.pin),
+            "server.key": agent.b64(core.key.private), "hash": server.need_user(core, "root")["password"],
             "password": PASSWORD, "fingerprint of a session": session, "name": "root", "incarnation": core.store.incarnation,
         }  # fmt: skip
+
+
+# ---- a right request for every route
+
+VALUES = {  # of members of bodies: each would change something if a refused call came through
+    "netid": "new", "addressrange": "10.77.0.0/24", "nodelimit": 5, "displayname": "taken over", "name": "taken-over",
+    "publickey": wireguard_key(), "username": "carol", "password": PASSWORD, "isadmin": True, "networks": ["default", "other"],
+    "uses": 7, "scope": "write", "node1": "", "node2": "", "ranges": ["192.168.77.0/24"], "address": "10.20.30.77",
+    "clientid": "intruder", "enabled": "no", "interface": "eth0", "relayaddrs": ["10.20.30.2"],
+}  # fmt: skip
+
+
+def parts_of(route: server.Route, world: World) -> dict[str, str]:
+    """The parts of the route's path: the network `default`, the node and the user that are there; any name for the rest."""
+    second = {"node": world.node.node, "node1": world.node.node, "node2": world.second.node}
+    known = {"n": "default", "u": "carol", "name": "front", **second}
+    if route.path.endswith(("/approve", "/reject")):
+        known["node"] = world.pending.node
+    if route.method == "POST" and route.path.endswith("<u>"):
+        known["u"] = "newcomer"
+    if "/tokens/" in route.path:
+        known["name"] = "carols"
+    return {name: known.get(name, "x") for name in re.findall(server.PART, route.path)}
+
+
+def path_of(route: server.Route, world: World) -> str:
+    path = route.path
+    for name, value in parts_of(route, world).items():
+        path = path.replace("<%s>" % name, value)
+    return path
+
+
+def body_of(route: server.Route, world: World) -> Any:
+    if route.path.endswith("/authenticate"):
+        return {"username": "root", "password": PASSWORD}
+    found = {field.name: VALUES[field.name] for field in route.takes if field.check and field.name in VALUES}
+    if "/<u>" in route.path and "username" in found:
+        found["username"] = parts_of(route, world)["u"]
+    if "node1" in found:
+        found.update(node1=world.node.node, node2=world.second.node)
+    if route.method == "PUT":  # names are kept
+        found = {name: value for name, value in found.items() if name not in ("netid", "username")}
+    return found if route.takes else None

@@ -57,7 +57,9 @@ def in_other_words(value: Any) -> st.SearchStrategy[Any]:
 def test_what_is_shown_can_be_sent_back_and_changes_nothing(world: World) -> None:
     """User interfaces echo whole objects. The audit log has no line of that, and no node hears of it."""
     core = world.home.core
-    server.set_node(core, world.home.node(world.node), {"ips": "192.168.7.0/24", "static": "203.0.113.7", "keepalive": 0, "expires": 1 << 33})
+    server.set_node(
+        core, world.home.node(world.node), {"ips": "192.168.7.0/24", "static": "203.0.113.7", "keepalive": 0, "expires": 1 << 33}
+    )
     server.set_network(core, "default", {"range6": "fd00:20::/64", "local_range": "192.168.1.0/24", "silent": 86400})
     found = list(objects(world))
     assert len(found) >= 3
@@ -95,7 +97,16 @@ FINE: dict[str, st.SearchStrategy[Any]] = {
 def test_what_is_taken_is_shown(world: World) -> None:
     """Every field of its own range, as number or text: GET says what PUT said."""
     table = {"/api/networks/default": server.NETWORK_FIELDS, "/api/nodes/default/" + world.node.node: server.NODE_FIELDS}
-    flags = ("isdualstack", "allowmanualsignup", "islocal", "defaultudpholepunch", "dnson", "roaming", "ipforwarding", "udpholepunch")
+    flags = (
+        "isdualstack",
+        "allowmanualsignup",
+        "islocal",
+        "defaultudpholepunch",
+        "dnson",
+        "roaming",
+        "ipforwarding",
+        "udpholepunch",
+    )
 
     @few
     @given(st.data())
@@ -169,11 +180,17 @@ BODIES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["application/json", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "x"])
+@pytest.mark.parametrize(
+    "kind", ["application/json", "text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "x"]
+)
 def test_odd_bodies_are_refused(world: World, kind: str) -> None:
     before = rows(world.home)
     for body in BODIES.values():
-        for method, path in (("POST", "/api/networks"), ("PUT", "/api/networks/default"), ("POST", "/api/users/adm/authenticate")):
+        for method, path in (
+            ("POST", "/api/networks"),
+            ("PUT", "/api/networks/default"),
+            ("POST", "/api/users/adm/authenticate"),
+        ):
             refused(world.admin.call(method, path, body, Content_Type=kind))
     assert rows(world.home) == before
 
@@ -226,7 +243,10 @@ def test_odd_requests_are_refused_in_json(world: World) -> None:
         "endless path": b"GET /" + b"x" * 40000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
         "broken header": b"GET /api/health HTTP/1.1\r\nHost x\r\n\r\n",
         "folded header": b"GET /api/health HTTP/1.1\r\nHost: x\r\n \r\nX : y\r\n\r\n",
-        "2 MiB of chunks": post + b"Transfer-Encoding: chunked\r\n\r\n" + (b"10000\r\n" + b"x" * 65536 + b"\r\n") * 32 + b"0\r\n\r\n",
+        "2 MiB of chunks": post
+        + b"Transfer-Encoding: chunked\r\n\r\n"
+        + (b"10000\r\n" + b"x" * 65536 + b"\r\n") * 32
+        + b"0\r\n\r\n",
         "2 MiB": post + b'Content-Length: 2097152\r\n\r\n{"netid": "' + b"x" * (2 << 20),
         "no version": b"GARBAGE\r\n\r\n",
         "bad percent": b"GET /api/nodes/%ff%fe HTTP/1.1\r\nHost: x\r\n" + bearer + b"\r\nConnection: close\r\n\r\n",
@@ -297,10 +317,31 @@ def test_other_methods(world: World) -> None:
 
 @pytest.mark.parametrize("name", ["page", "per_page", "since"])
 def test_queries_are_bounded(world: World, name: str) -> None:
-    lists = [route.path for route in server.ROUTES if route.method == "GET" and route.gives.startswith("[") and "<" not in route.path]
+    lists = [
+        route.path for route in server.ROUTES if route.method == "GET" and route.gives.startswith("[") and "<" not in route.path
+    ]
     for path in lists:
-        for value in ("-1", "²", "٣", "1e9", "%ff", "%00", "9" * 30, "0x1", "1.5", "+1", "%201", "nan", "1d;x", "x" * 3000, "24h24h", "0" * 25):
-            said = world.admin.call("GET", "%s?%s=%s" % (path, name, value.encode().decode("latin-1") if value.isascii() else "%C2%B2"))
+        for value in (
+            "-1",
+            "²",
+            "٣",
+            "1e9",
+            "%ff",
+            "%00",
+            "9" * 30,
+            "0x1",
+            "1.5",
+            "+1",
+            "%201",
+            "nan",
+            "1d;x",
+            "x" * 3000,
+            "24h24h",
+            "0" * 25,
+        ):
+            said = world.admin.call(
+                "GET", "%s?%s=%s" % (path, name, value.encode().decode("latin-1") if value.isascii() else "%C2%B2")
+            )
             if name == "since" and path != "/api/audit" and value != "%ff":
                 assert said.status == 200
             else:
@@ -330,5 +371,3 @@ def test_the_log_has_no_escapes(world: World, caplog: pytest.LogCaptureFixture) 
         world.nobody.call("POST", "/api/users/adm/authenticate", {"username": "root\n\x1b[2J" + text, "password": "x"})
         world.nobody.call("GET", "/x" + text, None, User_Agent="\x1b[2J")
     assert not [record for record in caplog.records if any(ord(char) < 32 for char in record.getMessage())]
-
-

@@ -201,7 +201,13 @@ def test_a_user_reads_and_changes_nobody_else(world: World) -> None:
 
 def test_nobody_makes_himself_administrator(world: World) -> None:
     """CVE-2023-32079."""
-    for more in ({"isadmin": True}, {"IsAdmin": "yes"}, {"networks": ["default", "other"]}, {"username": "root"}, {"admin": True}):
+    for more in (
+        {"isadmin": True},
+        {"IsAdmin": "yes"},
+        {"networks": ["default", "other"]},
+        {"username": "root"},
+        {"admin": True},
+    ):
         said = world.carol.call("PUT", "/api/users/carol", {"password": PASSWORD, **more})
         assert said.status in (200, 400)
         user = server.need_user(world.home.core, "carol")
@@ -244,7 +250,15 @@ def test_a_user_sees_nothing_of_other_networks(world: World) -> None:
     home = world.home
     server.set_node(home.core, home.node(world.stranger), {"name": "strange-machine", "ips": "192.168.55.0/24"})
     server.set_network(home.core, "other", {"display": "Secret Lab"})
-    hidden = [b"strange-machine", b"Secret Lab", b"192.168.55", b"10.99.0", b"mallory", b"second-root", world.stranger.node.encode()]
+    hidden = [
+        b"strange-machine",
+        b"Secret Lab",
+        b"192.168.55",
+        b"10.99.0",
+        b"mallory",
+        b"second-root",
+        world.stranger.node.encode(),
+    ]
     hidden += [b'"other"', home.node(world.stranger)["key"].encode(), b"198.51.100.9"]
     fill = {"n": "default", "node": world.node.node, "u": "carol", "node1": world.node.node, "node2": world.second.node}
     queries = ("", "?network=other", "?network=OTHER", "?since=0&network=", "?page=1&per_page=1000")
@@ -272,7 +286,9 @@ def test_nodes_are_found_in_their_own_network_only(world: World) -> None:
     for route in server.ROUTES:
         if "/<n>/<node>" in route.path:
             path = route.path.replace("<n>", "other").replace("<node>", world.node.node)
-            said = world.mallory.call(route.method, path, {"ranges": ["192.168.7.0/24"], "name": "mine", "relayaddrs": ["10.99.0.1"]})
+            said = world.mallory.call(
+                route.method, path, {"ranges": ["192.168.7.0/24"], "name": "mine", "relayaddrs": ["10.99.0.1"]}
+            )
             assert said.status == 404, (route, said)
     assert rows(world.home) == before
 
@@ -394,7 +410,15 @@ def test_pages_from_elsewhere_are_let_in_by_name_only(tmp_path: Path, clock: Clo
     everyone = Server(str(tmp_path / "all"), clock, CORS_ALLOWED_ORIGIN="*")
     try:
         ui, other = "https://ui.example", "https://other.example:8443"
-        bad = ("https://ui.example.evil.com", "https://evil-ui.example", "http://ui.example", "https://ui.example:444", "null", "*", "")
+        bad = (
+            "https://ui.example.evil.com",
+            "https://evil-ui.example",
+            "http://ui.example",
+            "https://ui.example:444",
+            "null",
+            "*",
+            "",
+        )
         for path, method in (("/api/networks", "GET"), ("/api/health", "GET"), ("/nothing", "GET"), ("/api/networks", "OPTIONS")):
             for origin in (ui, other):
                 said = Rest(open_).call(method, path, None, Origin=origin)

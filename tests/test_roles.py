@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import base64
 import json
-import re
 import sqlite3
 from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
-from restkit import MASTER, PASSWORD, Rest, World, api_token, rows
-from serverkit import Clock, Server, wireguard_key
+from restkit import MASTER, PASSWORD, Rest, World, api_token, body_of, path_of, rows
+from serverkit import Clock, Server
 
 import netmaker_lite as server
 
@@ -20,12 +19,6 @@ import netmaker_lite as server
 FOR_STRANGERS = {
     ("GET", "/api/health"), ("GET", "/api/getip"), ("GET", "/api/openapi.json"), ("GET", "/api/users/adm/hasadmin"),
     ("POST", "/api/users/adm/createadmin"), ("POST", "/api/users/adm/authenticate"),
-}  # fmt: skip
-VALUES = {  # of members of bodies: each would change something if a refused call came through
-    "netid": "new", "addressrange": "10.77.0.0/24", "nodelimit": 5, "displayname": "taken over", "name": "taken-over",
-    "publickey": wireguard_key(), "username": "carol", "password": PASSWORD, "isadmin": True, "networks": ["default", "other"],
-    "uses": 7, "scope": "write", "node1": "", "node2": "", "ranges": ["192.168.77.0/24"], "address": "10.20.30.77",
-    "clientid": "intruder", "enabled": "no", "interface": "eth0", "relayaddrs": ["10.20.30.2"],
 }  # fmt: skip
 
 
@@ -41,24 +34,6 @@ def jwt(**claims: Any) -> str:
     """As the original's, unsigned."""
     parts = ({"alg": "none", "typ": "JWT"}, {"IsAdmin": True, "UserName": "root", "Networks": ["default"], **claims})
     return ".".join(base64.urlsafe_b64encode(json.dumps(part).encode()).decode().rstrip("=") for part in parts) + "."
-
-
-def path_of(route: server.Route, world: World) -> str:
-    """The route's path in the network `default`, for the node and the user that are there; any name for the rest."""
-    second = {"node": world.node.node, "node1": world.node.node, "node2": world.second.node}
-    known = {"n": "default", "u": "carol", "name": "front", **second}
-    return re.sub("<([a-z0-9]+)(:[^>]*)?>", lambda found: known.get(found[1], "x"), route.path)
-
-
-def body_of(route: server.Route, world: World) -> Any:
-    if route.path.endswith("/authenticate"):
-        return {"username": "root", "password": PASSWORD}
-    found = {field.name: VALUES[field.name] for field in route.takes if field.check and field.name in VALUES}
-    if "node1" in found:
-        found.update(node1=world.node.node, node2=world.second.node)
-    if route.method == "PUT":  # names are kept
-        found = {name: value for name, value in found.items() if name not in ("netid", "username")}
-    return found if route.takes else None
 
 
 def strangers(world: World) -> dict[str, Rest]:
