@@ -128,6 +128,7 @@ from netclient_lite import (
 
 Row = Dict[str, Any]  # a row of the database by column
 log = logging.getLogger("netmaker-lite")
+logging.getLogger("peewee").setLevel(logging.INFO)  # statements would come with their values, hashes and capabilities among them
 
 # --------------------------------------------------------------------------------------------------
 # SETTINGS
@@ -4185,7 +4186,7 @@ class Web:
         return rows[first : first + size]
 
     def at_home(self) -> bool:
-        """Whether a request comes from this very host, and neither through a proxy on it nor from a foreign page in its browser."""
+        """Whether a request comes from this very host, not through a proxy on it nor from a foreign page in its browser."""
         environ = bottle.request.environ
         through = any(name.startswith(("HTTP_FORWARDED", "HTTP_X_", "HTTP_VIA")) for name in environ)
         through |= environ.get("SERVER_PROTOCOL") == "HTTP/1.0"  # as nginx speaks that was told nothing else, under our own name
@@ -4641,10 +4642,12 @@ def list_of(one: Row) -> Row:
 MESSAGE = shape("Message", "Code", Response={})
 PROBLEM = shape("Message error", "Code")
 OBJECTS: dict[str, Row] = {
-    "Graph": shape("", nodes=list_of(shape("id name address status")), links=list_of(shape("from to endpoint", handshake=KINDS["truth"]))),
+    "Graph": shape(
+        "", nodes=list_of(shape("id name address status")), links=list_of(shape("from to endpoint", handshake=KINDS["truth"])),
+    ),
     "Config": shape(
-        "APIConnString APIHost APIPort MasterKey AllowedOrigin RestBackend AgentBackend Database CheckinInterval Version Platform",
-        "DefaultNodeLimit Verbosity",
+        "APIConnString APIHost APIPort MasterKey AllowedOrigin RestBackend AgentBackend Database CheckinInterval Version "
+        "Platform", "DefaultNodeLimit Verbosity",
     ),
     "Status": shape(
         "version incarnation pin database", "uptime time networks nodes schema polls poll_limit",

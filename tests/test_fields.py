@@ -125,11 +125,34 @@ def test_what_is_taken_is_shown(world: World) -> None:
 # ---- wrong
 
 junk = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
-    | st.sampled_from([10**400, -1, 1 << 63, 1 << 64, "\0", "\ud800", "²", "٣", "1e3", "0x10", " 7 ", "+5", "1_0", "9" * 19, "é" * 5000, "x" * 4097]),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=20)
+    | st.sampled_from(
+        [
+            10**400,
+            -1,
+            1 << 63,
+            1 << 64,
+            "\0",
+            "\ud800",
+            "²",
+            "٣",
+            "1e3",
+            "0x10",
+            " 7 ",
+            "+5",
+            "1_0",
+            "9" * 19,
+            "é" * 5000,
+            "x" * 4097,
+        ]
+    ),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
-)  # fmt: skip
+)
 
 
 def refused(said: Any) -> None:
@@ -168,16 +191,32 @@ def test_junk_in_any_member_is_bad_input_or_a_fine_value(world: World) -> None:
 
 
 BODIES = {
-    "no JSON": b"netid=x&addressrange=10.9.9.0/24", "a list": b"[]", "a text": b'"x"', "null": b"null", "a number": b"1",
-    "deep": b'{"netid":' + b"[" * 10000 + b"]" * 10000 + b"}", "deep objects": b'{"a":' * 10000 + b"1" + b"}" * 10000,
-    "cut": b'{"netid": "x', "more behind": b'{"netid":"x"} {}', "NaN": b'{"nodelimit": NaN}', "infinite": b'{"nodelimit": -Infinity}',
-    "too large a number": b'{"nodelimit": 1e999}', "a long number": b'{"nodelimit": ' + b"9" * 5000 + b"}", "UTF-16": '{"netid":"x"}'.encode("utf-16"),
-    "no UTF-8": b'{"netid": "\xff\xfe"}', "a lone surrogate": b'{"netid": "\\ud800"}', "a NUL": b'{"netid": "x\\u0000y"}',
-    "a member twice": b'{"netid": "evil", "netid": "evil2", "addressrange": "10.9.9.0/24"}', "a raw NUL": b'{"netid": "a\0b"}',
-    "in other letters": b'{"netid": "evil", "NetID": "evil2", "addressrange": "10.9.9.0/24"}', "unknown member": b'{"netdi": "evil"}',
-    "odd member": b'{"\\ud800\\u0000": 1}', "many members": b"{" + b",".join(b'"a%d":1' % n for n in range(20000)) + b"}",
-    "a mark": b'\xef\xbb\xbf{"netid": "evil"}', "prototype": b'{"__proto__": {"isadmin": true}}',
-}  # fmt: skip
+    "no JSON": b"netid=x&addressrange=10.9.9.0/24",
+    "a list": b"[]",
+    "a text": b'"x"',
+    "null": b"null",
+    "a number": b"1",
+    "deep": b'{"netid":' + b"[" * 10000 + b"]" * 10000 + b"}",
+    "deep objects": b'{"a":' * 10000 + b"1" + b"}" * 10000,
+    "cut": b'{"netid": "x',
+    "more behind": b'{"netid":"x"} {}',
+    "NaN": b'{"nodelimit": NaN}',
+    "infinite": b'{"nodelimit": -Infinity}',
+    "too large a number": b'{"nodelimit": 1e999}',
+    "a long number": b'{"nodelimit": ' + b"9" * 5000 + b"}",
+    "UTF-16": '{"netid":"x"}'.encode("utf-16"),
+    "no UTF-8": b'{"netid": "\xff\xfe"}',
+    "a lone surrogate": b'{"netid": "\\ud800"}',
+    "a NUL": b'{"netid": "x\\u0000y"}',
+    "a member twice": b'{"netid": "evil", "netid": "evil2", "addressrange": "10.9.9.0/24"}',
+    "a raw NUL": b'{"netid": "a\0b"}',
+    "in other letters": b'{"netid": "evil", "NetID": "evil2", "addressrange": "10.9.9.0/24"}',
+    "unknown member": b'{"netdi": "evil"}',
+    "odd member": b'{"\\ud800\\u0000": 1}',
+    "many members": b"{" + b",".join(b'"a%d":1' % n for n in range(20000)) + b"}",
+    "a mark": b'\xef\xbb\xbf{"netid": "evil"}',
+    "prototype": b'{"__proto__": {"isadmin": true}}',
+}
 
 
 @pytest.mark.parametrize(
@@ -270,14 +309,39 @@ def test_chunks_are_a_body_like_any(world: World) -> None:
 
 
 PATHS = (
-    "/api/networks/%2e%2e", "/api/networks/%2e%2e%2fusers", "/api/networks/../users", "/api/networks//", "//api/networks", "/api/networks/",
-    "/api/networks/%00", "/api/networks/default%00", "/api/networks/default%0d%0aX-Evil:%20yes", "/api/networks/" + "x" * 8000,
-    "/api/networks/%F0%9F%92%A9", "/api/networks/%C3%28", "/api/networks/%ED%A0%80", "/api/networks/default%2fkeys", "/api/networks/*",
-    "/meshclient/files/../netmaker_lite.py", "/meshclient/files/%2e%2e/netmaker_lite.py", "/meshclient/files/%2e%2e%2fserver.key",
-    "/meshclient/files/netclient_lite.py/../../etc/passwd", "/meshclient/files/netclient_lite.py%00.txt", "/../../../../etc/passwd",
-    "/%2e%2e/%2e%2e/%2e%2e/etc/passwd", "/api/nodes/default/..%2f..%2fusers%2froot", "/server.key", "/.git/config", "/netmaker.db",
-    "/api/nodes/default/%2A", "/api/users/root/", "/API/networks", "/api/networks;x=1", "/api/users/r%6fot%20", "/?/../etc/passwd",
-)  # fmt: skip
+    "/api/networks/%2e%2e",
+    "/api/networks/%2e%2e%2fusers",
+    "/api/networks/../users",
+    "/api/networks//",
+    "//api/networks",
+    "/api/networks/",
+    "/api/networks/%00",
+    "/api/networks/default%00",
+    "/api/networks/default%0d%0aX-Evil:%20yes",
+    "/api/networks/" + "x" * 8000,
+    "/api/networks/%F0%9F%92%A9",
+    "/api/networks/%C3%28",
+    "/api/networks/%ED%A0%80",
+    "/api/networks/default%2fkeys",
+    "/api/networks/*",
+    "/meshclient/files/../netmaker_lite.py",
+    "/meshclient/files/%2e%2e/netmaker_lite.py",
+    "/meshclient/files/%2e%2e%2fserver.key",
+    "/meshclient/files/netclient_lite.py/../../etc/passwd",
+    "/meshclient/files/netclient_lite.py%00.txt",
+    "/../../../../etc/passwd",
+    "/%2e%2e/%2e%2e/%2e%2e/etc/passwd",
+    "/api/nodes/default/..%2f..%2fusers%2froot",
+    "/server.key",
+    "/.git/config",
+    "/netmaker.db",
+    "/api/nodes/default/%2A",
+    "/api/users/root/",
+    "/API/networks",
+    "/api/networks;x=1",
+    "/api/users/r%6fot%20",
+    "/?/../etc/passwd",
+)
 
 
 SAME = ("/api/networks/default%2fkeys", "//api/networks")
@@ -290,7 +354,7 @@ def test_paths_lead_nowhere_else(world: World) -> None:
             said = rest.call("GET", path)
             if said.status == 200:  # what is the same path
                 assert path in SAME, path
-                assert rest is not world.nobody and b'"other"' not in said.body or rest is world.admin, path
+                assert (rest is not world.nobody and b'"other"' not in said.body) or rest is world.admin, path
                 continue
             assert 400 <= said.status < 500, (path, said)
             assert said.value["Code"] == said.status and "X-Evil" not in said.headers

@@ -13,7 +13,7 @@ from typing import Any, Iterator
 
 import pytest
 from restkit import MASTER, PASSWORD, Rest, World, api_token, make_user, rows
-from serverkit import Client, Clock, Server, make_core, wireguard_key
+from serverkit import Client, Clock, Server, make_core
 
 import netclient_lite as agent
 import netmaker_lite as server
@@ -80,7 +80,7 @@ def test_of_16_at_once_one_becomes_administrator(bare: Server) -> None:
     ],
 )
 def test_no_first_administrator_through_a_proxy_or_a_page(bare: Server, headers: dict[str, str]) -> None:
-    """Both come from loopback: a reverse proxy's clients, and pages in a browser on the server's host (DNS rebinding, plain forms)."""
+    """Both come from loopback: a reverse proxy's clients, and pages in a browser on the server's host (DNS rebinding, forms)."""
     said = Rest(bare).call("POST", CREATE, FIRST, **headers)
     assert said.status == 403 and "setup code" in said.sentence
     assert not server.users(bare.core)
@@ -350,9 +350,21 @@ def test_no_command_text_reaches_an_agent(world: World) -> None:
 
 
 INJECTIONS = (
-    "' OR '1'='1", "'; DROP TABLE node; --", 'x" OR 1=1 --', "default' UNION SELECT password FROM account --", "%", "_efault", "\\",
-    "default/*", "d\u0435fault", "0x64656661756c74", "default\x00", "<script>alert(1)</script>", "\x1b[2J\x1b]0;owned\x07", "{{7*7}}",
-)  # fmt: skip
+    "' OR '1'='1",
+    "'; DROP TABLE node; --",
+    'x" OR 1=1 --',
+    "default' UNION SELECT password FROM account --",
+    "%",
+    "_efault",
+    "\\",
+    "default/*",
+    "d\u0435fault",
+    "0x64656661756c74",
+    "default\x00",
+    "<script>alert(1)</script>",
+    "\x1b[2J\x1b]0;owned\x07",
+    "{{7*7}}",
+)
 
 
 def quoted(text: str) -> str:
