@@ -2076,7 +2076,7 @@ def lingering(memory: Memory, before: View, after: View, snapshot: bool, now: fl
 
 def lapse(memory: Memory, view: View, now: float) -> None:
     for node, until in list(memory.kept.items()):
-        if not 0 <= until - now <= KEEP_AFTER_RESTORE:
+        if not 0 <= until - now < KEEP_AFTER_RESTORE + 1:  # more after a reboot; not quite exact, as sums of floats are
             del memory.kept[node]
             view.peers.pop(node, None)
 

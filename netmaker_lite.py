@@ -3374,7 +3374,7 @@ def fold_user(text: str) -> str:
 
 def check_password(text: str) -> str:
     if not 8 <= len(text) <= 128:
-        raise Invalid("a password has 8 to 128 characters")
+        raise Invalid("takes 8 to 128 characters")
     return text
 
 

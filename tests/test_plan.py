@@ -32,7 +32,7 @@ from agentkit import (
     record,
     view_of,
 )
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from kernel import Kernel, RefusedByKernel, key_like
 from lab import unfit
@@ -715,11 +715,19 @@ def test_a_rejected_revision_is_told_once():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def restored(memory, before, after, incarnation="j"):
+def restored(memory, before, after, incarnation="j", now=NOW):
     """The first snapshot of a restored server."""
     after.incarnation = incarnation
-    lingering(memory, before, after, True, NOW)
+    lingering(memory, before, after, True, now)
     return after
+
+
+@given(now=st.floats(0, 1e9))
+@example(now=2106.053351110693)  # plus 3600, less itself: more than 3600
+def test_the_hour_begins_at_any_time(now):
+    """A sum of floats less one of them is not quite the other."""
+    memory, before = Memory(), view_of(record("a"), record("b"))
+    assert set(restored(memory, before, view_of(record("a")), now=now).peers) == set(before.peers)
 
 
 def test_peers_that_a_restored_server_forgot_stay_for_an_hour():
