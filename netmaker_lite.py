@@ -653,6 +653,10 @@ class Node(peewee.Model):
     rejected = _text()
     removed = _number()
     farewell = _text()
+    next_key = _text()  # what it will have after a refresh of its key
+    keyed = peewee.BooleanField(default=False)  # its user gave it its key
+    refresh = _text()  # how far that is, and since when (switching: at what time it is to happen)
+    refresh_at = _number()
 
 
 class Lease(peewee.Model):
@@ -740,8 +744,15 @@ Lease.add_index(Lease.index(Lease.network, Lease.node, Lease.released))
 AccessKey.add_index(AccessKey.index(AccessKey.network, AccessKey.name, unique=True))
 
 MODELS = (Meta, Network, Node, Lease, AccessKey, Revision, Gone, Observed, Joined)
-SCHEMA = 1
-MIGRATIONS: dict[int, tuple[str, ...]] = {}  # version → the statements that lead to it from the one before
+SCHEMA = 2
+MIGRATIONS: dict[int, tuple[str, ...]] = {  # version → the statements that lead to it from the one before
+    2: (
+        "ALTER TABLE node ADD COLUMN next_key TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE node ADD COLUMN keyed BOOLEAN NOT NULL DEFAULT FALSE",
+        "ALTER TABLE node ADD COLUMN refresh TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE node ADD COLUMN refresh_at BIGINT NOT NULL DEFAULT 0",
+    ),
+}
 
 # --------------------------------------------------------------------------------------------------
 # STORE
@@ -1125,11 +1136,23 @@ class NodeState(NamedTuple):
     own_changed: int
     since: int
     farewell: str
+    next_key: str = ""
+    refresh: str = ""
+    refresh_at: int = 0
 
 
 # A change of these columns must be heard by the others, or by the node itself.
-RECORD_COLUMNS = frozenset(("name", "key", "ip", "ip6", "ips", "static", "port", "public", "at", "local", "lan", "punch"))
-OWN_COLUMNS = frozenset(("name", "ip", "ip6", "port", "keepalive", "mtu", "dns", "forwarding", "punch", "is_local"))
+RECORD_COLUMNS = frozenset(
+    ("name", "key", "next_key", "ip", "ip6", "ips", "static", "port", "public", "at", "local", "lan", "punch")
+)
+OWN_COLUMNS = frozenset(("name", "ip", "ip6", "port", "keepalive", "mtu", "dns", "forwarding", "punch", "is_local", "refresh"))
+
+
+# How far the refresh of a node's key is (SPEC, §8), one node of a network at a time: it waits for its turn; has to make a key;
+# all shall list that; all change at the time that was told. Silent: it did not do its part in time, and others go first.
+QUEUED, ASKED, LISTED, SWITCHING, SILENT = "queued", "asked", "listed", "switching", "silent"
+PATIENCE = 600  # seconds for making a key, and for listing it
+TRY_AGAIN = 3600  # seconds until a silent node that is back gets its turn again
 
 
 def dump(value: Any) -> bytes:
@@ -1155,6 +1178,7 @@ def record(node: NodeState, network: NetworkState) -> bytes:
         "id": node.id,
         "name": node.name,
         "key": node.key,
+        "next": node.next_key,
         "ip": node.ip,
         "ip6": node.ip6,
         "ips": node.ips.split(",") if node.ips else "",
@@ -1168,7 +1192,7 @@ def record(node: NodeState, network: NetworkState) -> bytes:
 
 
 def own_settings(node: NodeState, network: NetworkState) -> dict[str, Any]:
-    """`me`: what only the node itself hears. The last four only where they are not the default."""
+    """`me`: what only the node itself hears. The last five only where they are not the default."""
     fields: dict[str, Any] = {
         "name": node.name,
         "ip": node.ip,
@@ -1186,6 +1210,7 @@ def own_settings(node: NodeState, network: NetworkState) -> dict[str, Any]:
         "forwarding": (bool(node.forwarding), True),
         "punch": (bool(network.punch and node.punch), True),
         "local": (bool(network.is_local or node.is_local), False),
+        "refresh": (node.refresh not in ("", QUEUED), False),
     }
     fields.update({name: value for name, (value, usual) in unusual.items() if value != usual})
     return fields
@@ -1232,6 +1257,19 @@ def observed_endpoint(node: NodeState, reports: Iterable[Report], overlays: Sequ
     return "" if best == seen else best
 
 
+def next_refresh(node: NodeState, now: float, lead: int, here: bool, heard: bool, free: bool) -> tuple[str, int] | None:
+    """The next state of a node's key refresh, and the time that goes with it; None for no change.
+
+    lead: seconds in which every node that is here comes by; heard: all of them know the new key; free: no other one switches.
+    """
+    age = abs(now - node.refresh_at)  # also of a clock that went back
+    if node.refresh == LISTED and here and free and (heard or age > PATIENCE):
+        return SWITCHING, int(now) + lead + 1
+    if node.refresh == SILENT:
+        return (QUEUED, int(now)) if here and age > TRY_AGAIN else None
+    return (SILENT, int(now)) if age > (2 * lead + 30 if node.refresh == SWITCHING else PATIENCE) else None
+
+
 def free_port(wanted: int, taken: Iterable[int]) -> int:
     """The port a new node is told to listen on: no other node behind the same address may have it."""
     used = set(taken)
@@ -1253,8 +1291,8 @@ class Member:
     """One node in memory: its row, its keys, its record, and what is only written behind."""
 
     __slots__ = (
-        "answer_key", "box", "dirty", "epoch", "last_mac", "last_time", "mesh", "record", "request_key",
-        "row", "seen", "sequence",
+        "answer_key", "box", "dirty", "epoch", "have", "last_mac", "last_time", "mesh", "parked", "record",
+        "request_key", "row", "seen", "sequence",
     )  # fmt: skip
 
     def __init__(self, mesh: Any, row: NodeState) -> None:
@@ -1262,6 +1300,7 @@ class Member:
         self.epoch, self.sequence = row.epoch, UNKNOWN
         self.last_mac, self.last_time = "", 0.0
         self.seen, self.dirty = row.last_seen, False
+        self.have, self.parked = -1, 0.0  # the newest counter that it has applied; until when its look waits
         self.request_key = self.answer_key = self.record = b""
         self.box: Any = None
 
@@ -1283,6 +1322,7 @@ class Mesh:
         self.members: dict[str, Member] = {}
         self.log: list[tuple[int, str]] = []  # (counter, node) in order, for deltas
         self.gone: dict[str, int] = {}
+        self.refreshing: set[str] = set()  # nodes that are at the refresh of their key
         self.tags: dict[int, str] = {}  # of words that this network has had
         self.blobs: dict[int, bytes] = {}  # since which counter → what all nodes share of the answer
         self.lock = threading.RLock()
@@ -1339,8 +1379,8 @@ NETWORK_SELECT = composed("SELECT %s FROM network WHERE id = ?", ", ".join(Netwo
 class Members:
     """All networks in memory, by network, node and look capability."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, store: Store, clock: Callable[[], float] = time.time) -> None:
+        self.store, self.clock = store, clock
         self.meshes: dict[str, Mesh] = {}
         self.nodes: dict[str, Member] = {}
         self.looks: dict[str, Member] = {}
@@ -1374,7 +1414,16 @@ class Members:
             self.nodes[row.id] = self.looks[row.look] = mesh.members[row.id] = member
         else:
             member.renew(row)
+        at_it = row.refresh not in ("", QUEUED) and row.state == ACTIVE
+        (mesh.refreshing.add if at_it else mesh.refreshing.discard)(row.id)
         return member
+
+    def mesh(self, network: str) -> Mesh | None:
+        """A network by its id, brought up to date."""
+        if network not in self.meshes:
+            self._load(network)
+        mesh = self.meshes.get(network)
+        return self.meshes.get(network) if mesh is not None and self.prove(mesh) else None
 
     def reload(self, node: str) -> Member | None:
         """After a change of this process that moved no word: the node's row as it is now."""
@@ -1386,6 +1435,7 @@ class Members:
             if member is not None:
                 self.looks.pop(member.row.look, None)
                 member.mesh.members.pop(node, None)
+                member.mesh.refreshing.discard(node)
 
     def prove(self, mesh: Mesh) -> bool:
         """Bring a network up to date; False when it is no more. One row read when nothing changed."""
@@ -1483,6 +1533,10 @@ class Members:
                 parts += [b'"from":' + dump(have), mesh.shared(since)]
             if max(row.own_changed, mesh.state.settings) > since:
                 parts.append(b'"me":' + dump(own_settings(row, mesh.state)))
+            rows = [mesh.members[node].row for node in list(mesh.refreshing)]
+            left = {each.id: round(each.refresh_at - self.clock(), 2) for each in rows if each.refresh == SWITCHING}
+            if left:
+                parts.append(b'"in":' + dump(left))
             return b"{" + b",".join(parts) + b"}"
 
     def dirty(self) -> list[tuple[int, int, int, int, str]]:
@@ -1869,8 +1923,9 @@ def _move_in(core: Core, batch: NetworkBatch, network: Row, node: Row) -> Row:
 
 
 def _check_key_free(core: Core, node: Row) -> None:
-    sql = "SELECT name FROM node WHERE network = ? AND key = ? AND state != 'removed' AND id != ?"
-    other = core.store.row(sql, (node["network"], node["key"], node["id"]))
+    sql = "SELECT name FROM node WHERE network = ? AND state != 'removed' AND id != ? AND (key IN (?, ?) OR next_key IN (?, ?))"
+    keys = node["key"], node["next_key"] or node["key"]
+    other = core.store.row(sql, (node["network"], node["id"], *keys, *keys))
     if other:
         raise Clash("the WireGuard key belongs to the node %s: make a new one" % other[0])
 
@@ -1986,6 +2041,7 @@ def _set_state(core: Core, node: Row, state: str, before: Sequence[str], more: R
             network = need_network(core, node["network"])
             new.update(_move_in(core, batch, network, _without_vain_wishes(core, network, now)))
         if state != ACTIVE:
+            new.update(next_key="", refresh="")
             _leave_lists(batch, now)
         batch.update("node", new, "id = ? AND state = ?", now["id"], now["state"], must=True)
         return batch
@@ -2081,7 +2137,7 @@ def amend(core: Core, batch: NetworkBatch, network: Row, node: Row, values: Row)
         sql = "SELECT 1 FROM node WHERE network = ? AND name = ? AND state != 'removed' AND id != ?"
         if core.store.row(sql, (node["network"], values["name"], node["id"])):
             raise Clash("the name %s is taken: choose another" % values["name"])
-    if "key" in values:
+    if values.get("key") or values.get("next_key"):
         _check_key_free(core, {**node, **values})
     if node["state"] != PENDING:
         _move(core, batch, network, node, values)
@@ -2136,6 +2192,86 @@ def sweep(core: Core) -> None:
     left = (Node.state == REMOVED) & (Node.farewell == LEFT) & (Node.removed <= core.now - 86400)
     for node in core.store.select(Node.select().where(left)):
         forget_node(core, node["network"], node["id"])
+
+
+# ---- key refresh
+
+BUSY = "state = 'active' AND refresh IN ('asked', 'listed', 'switching')"
+
+
+def refresh_keys(core: Core, network: str) -> Row:
+    """Put all nodes of a network whose agent makes its key in the queue for a new one."""
+    name = str(need_network(core, network)["id"])
+    _queue(core, name, "id != ''")
+    return need_network(core, name)
+
+
+def refresh_key(core: Core, node: Row) -> Row:
+    """Put one node in the queue for a new key."""
+    if node["keyed"]:
+        raise Clash("the key of %s was given by its user: join --force there takes another" % node["name"])
+    if node["state"] != ACTIVE or not node["confirmed"]:
+        raise Clash("the node %s is not active, or has no agent that could make a key" % node["name"])
+    _queue(core, node["network"], "id = ?", node["id"])
+    return need_node(core, node["network"], node["id"])
+
+
+def _queue(core: Core, network: str, which: str, *bound: str) -> None:
+    def build() -> Batch:
+        batch = NetworkBatch(network, core.now, heard=False)
+        able = "network = ? AND state = 'active' AND confirmed AND NOT keyed AND refresh IN ('', 'silent') AND "
+        batch.update("node", {"refresh": QUEUED, "refresh_at": core.now}, able + which, network, *bound)
+        return batch
+
+    core.store.change(build)
+    start_refresh(core, network)
+
+
+def start_refresh(core: Core, network: str) -> None:
+    """The turn of the first in the queue, unless another node's refresh is not over. Who was seen lately comes first."""
+    nobody = composed("NOT EXISTS (SELECT 1 FROM node WHERE network = ? AND %s)", BUSY)
+    sql = "SELECT id, next_key FROM node WHERE network = ? AND state = 'active' AND refresh = 'queued' AND "
+
+    def build() -> Batch | None:
+        order = " ORDER BY last_seen < ?, refresh_at, name LIMIT 1"
+        found = core.store.row(sql + nobody + order, (network, network, core.now - 120))
+        if found is None:
+            return None
+        batch = NetworkBatch(network, core.now)
+        batch.when(nobody, network)
+        new = {"refresh": LISTED if found[1] else ASKED, "refresh_at": core.now, "own_changed": batch.counter}
+        batch.update("node", new, "id = ? AND state = 'active' AND refresh = 'queued'", found[0], must=True)
+        return batch
+
+    core.store.change(build)
+
+
+def step_refresh(core: Core, node: NodeState, state: str, at: int) -> None:
+    """Bring a node's refresh from the state that it was seen in to the next."""
+
+    def build() -> Batch | None:
+        same = "id = ? AND state = 'active' AND refresh = ? AND refresh_at = ?"
+        seen = (node.id, node.refresh, node.refresh_at)
+        if core.store.row(composed("SELECT 1 FROM node WHERE %s", same), seen) is None:
+            return None
+        batch = NetworkBatch(node.network, core.now)
+        new = {"refresh": state, "refresh_at": at, "own_changed": batch.counter}
+        batch.update("node", new, same, *seen, must=True)
+        return batch
+
+    core.store.change(build)
+    log.info("%s: the key refresh of %s is %s", node.network, node.name, state)
+
+
+def refreshed(core: Core, node: Row, values: Row) -> Row:
+    """The columns with what a node's report of its keys means for their refresh."""
+    key, new = values.get("key", node["key"]), values.get("next_key", node["next_key"])
+    if node["next_key"] and key == node["next_key"]:
+        return {**values, "next_key": "", "refresh": ""}
+    if new == node["next_key"]:
+        return values
+    lost = ASKED if node["refresh"] in (LISTED, SWITCHING) else node["refresh"]
+    return {**values, "refresh": LISTED if new else lost, "refresh_at": core.now}
 
 
 # ---- the whole
@@ -2400,6 +2536,8 @@ KEEPALIVE, MTU = as_number(0, 1000), as_number(576, 9200)
 PRINTABLE = r"[ -~]{0,80}"
 FACTS: dict[str, tuple[str, Check]] = {  # name on the wire → column, check
     "key": ("key", as_text(check_key)),
+    "next": ("next_key", as_text(check_key, True)),
+    "keyed": ("keyed", as_flag),
     "port": ("port", check_port),
     "endpoint": ("static", _address()),
     "fixed": ("fixed", as_flag),
@@ -2699,7 +2837,7 @@ class Agents:
 
     def __init__(self, core: Core, sight: Sight) -> None:
         self.core, self.sight = core, sight
-        self.members = Members(core.store)
+        self.members = Members(core.store, lambda: core.clock())
         self.bell = Bell(core.settings["POLL_LIMIT"])
         self.failures = Failures(20, 20 / 60)
         self.interval = core.settings["CHECKIN_INTERVAL"]
@@ -2874,6 +3012,7 @@ class Agents:
             self._commit(member, order, told, signer.source, public)
         member.see(now)
         member.last_mac, member.last_time = request.mac, now
+        self._confirmed(member, request.have, told)
         return self._present(member, request, signer)
 
     def _present(self, member: Member, request: Request, signer: Signer) -> Reply:
@@ -2940,7 +3079,7 @@ class Agents:
                     "another machine uses this node's identity: is this a copy of its disk? Then join it again with --force"
                 )
             values["machine_changed"] = self.core.now
-        values["machine"] = machine
+        values = {**refreshed(self.core, node, values), "machine": machine}
         if node["at"] and values["public"] not in ("", split_endpoint(node["at"])[0]):
             values["at"] = ""
         return values
@@ -3009,11 +3148,47 @@ class Agents:
             if member is not None and self.members.prove(member.mesh):
                 self.settle(member.mesh, (node,))
 
+    # ---- key refresh
+
+    def _confirmed(self, member: Member, have: str, told: Exchange | None) -> None:
+        """Note which revision a node has applied: a key refresh may have waited for that, or for the keys that it tells."""
+        mesh = member.mesh
+        counter = mesh.state.counter if have == mesh.word else member.have
+        news = counter > member.have and mesh.refreshing
+        member.have = counter
+        if news or (told is not None and told.values.keys() & {"key", "next_key"}):
+            self.refresh(mesh)
+
+    def refresh(self, mesh: Mesh) -> None:
+        """Take the key refresh of a network as far as it can go now."""
+        now, interval = self.core.clock(), mesh.state.interval or self.interval
+        active = [member for member in list(mesh.members.values()) if member.row.state == ACTIVE]
+        here = [member for member in active if now - max(member.seen, member.parked) <= 2 * interval]
+        lead = 5 + (0 if all(now - member.parked <= 2 * interval for member in here) else interval)
+        at_it = [member for member in active if member.row.refresh not in ("", QUEUED)]
+        for member in at_it:
+            heard = all(other.have >= member.row.changed for other in here)
+            free = all(other.row.refresh != SWITCHING for other in at_it)
+            step = next_refresh(member.row, now, lead, member in here, heard, free)
+            if step:
+                step_refresh(self.core, member.row, *step)
+                self.members.prove(mesh)
+        if all(member.row.refresh in ("", QUEUED, SILENT) for member in at_it):
+            start_refresh(self.core, mesh.state.id)
+            self.members.prove(mesh)
+
+    def refresh_due(self) -> None:
+        """What time alone brings about in key refreshes, and what other processes have asked for."""
+        for (network,) in self.core.store.rows("SELECT DISTINCT network FROM node WHERE refresh != '' AND state = 'active'"):
+            mesh = self.members.mesh(network)
+            if mesh is not None:
+                self.refresh(mesh)
+
     # ---- look
 
     def look(self, capability: str, have: str, source: str, wait: float) -> Reply:
         """The present word, or "!" for "come with an exchange"; held until it is not `have`."""
-        said = self._look(capability, source)
+        said = self._look(capability, source, wait)
         if said != have or said == "!" or wait <= 0:  # a stranger waits for nothing
             return Reply(200, said.encode())
         if not self.bell.enter():
@@ -3022,20 +3197,21 @@ class Agents:
             end = time.monotonic() + min(wait, MAX_WAIT)
             while said == have and not self.bell.stopped and time.monotonic() < end:
                 rung = self.bell.rung
-                said = self._look(capability, source)
+                said = self._look(capability, source, end - time.monotonic())
                 if said == have:
                     self.bell.wait(rung, end - time.monotonic())
             return Reply(200, said.encode())
         finally:
             self.bell.leave()
 
-    def _look(self, capability: str, source: str) -> str:
+    def _look(self, capability: str, source: str, wait: float) -> str:
         member = self.members.by_look(capability)
         if member is None or not self.members.prove(member.mesh):
             return "!"
         if member.row.state == REMOVED or member.row.source != source:
             return "!"
         member.see(self.core.clock())
+        member.parked = max(member.parked, member.seen + wait) if wait > 0 else member.parked
         mesh: Mesh = member.mesh
         return mesh.word
 
@@ -3577,7 +3753,7 @@ class Housekeeping:
         rounds = 0
         while not self.stopped.wait(HOUSEKEEPING):
             rounds += 1
-            for task in (self.agents.flush, self.agents.settle_due, partial(sweep, self.agents.core)):
+            for task in (self.agents.flush, self.agents.settle_due, self.agents.refresh_due, partial(sweep, self.agents.core)):
                 try:
                     task()
                 except Exception as problem:  # whatever it is, the next round is needed

@@ -369,21 +369,23 @@ def test_a_newer_database_is_refused(tmp_path):
 
 def test_a_migration_runs_once_and_keeps_a_copy(tmp_path, monkeypatch):
     make_core(str(tmp_path)).store.close()
-    monkeypatch.setattr(server, "SCHEMA", 2)
-    monkeypatch.setattr(server, "MIGRATIONS", {2: ("ALTER TABLE network ADD COLUMN fresh TEXT",)})
+    newer = server.SCHEMA + 1
+    monkeypatch.setattr(server, "SCHEMA", newer)
+    monkeypatch.setattr(server, "MIGRATIONS", {newer: ("ALTER TABLE network ADD COLUMN fresh TEXT",)})
     for _ in range(2):
         core = make_core(str(tmp_path))
-        assert core.store.meta("schema") == "2"
+        assert core.store.meta("schema") == str(newer)
         core.store.close()
-    with sqlite3.connect(tmp_path / "netmaker.db.before-2") as copy:
-        assert copy.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone() == ("1",)
+    with sqlite3.connect(tmp_path / f"netmaker.db.before-{newer}") as copy:
+        assert copy.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone() == (str(newer - 1),)
     copy.close()
 
 
 def test_a_migration_that_fails_changes_nothing(tmp_path, monkeypatch):
     make_core(str(tmp_path)).store.close()
-    monkeypatch.setattr(server, "SCHEMA", 2)
-    monkeypatch.setattr(server, "MIGRATIONS", {2: ("ALTER TABLE network ADD COLUMN fresh TEXT", "nonsense")})
+    newer = server.SCHEMA + 1
+    monkeypatch.setattr(server, "SCHEMA", newer)
+    monkeypatch.setattr(server, "MIGRATIONS", {newer: ("ALTER TABLE network ADD COLUMN fresh TEXT", "nonsense")})
     with pytest.raises(server.ServerError):
         make_core(str(tmp_path))
     with sqlite3.connect(tmp_path / "netmaker.db") as file:
