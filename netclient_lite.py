@@ -115,9 +115,9 @@ class BadAnswer(Exception):
 
 
 class Answer:
-    """A verified answer: status, address seen, server time (unix s), interval (s), body as sent."""
+    """A verified answer: status, address seen, server time (unix s), interval (s), body as sent, when it came (monotonic)."""
 
-    __slots__ = ("address", "body", "interval", "status", "time")
+    __slots__ = ("address", "at", "body", "interval", "status", "time")
 
     def __init__(self, key: bytes, request_mac: str, line: str, body: bytes) -> None:
         fields = line.split(" ")
@@ -128,7 +128,7 @@ class Answer:
             raise BadAnswer("the answer's signature is wrong: not our server, or altered on the way")
         self.status, self.address = int(fields[1]), fields[2]
         self.time, self.interval = int(fields[3]), int(fields[4])
-        self.body = body
+        self.body, self.at = body, time.monotonic()
 
 
 def http(
@@ -895,6 +895,9 @@ UNSETTLED = 120.0  # seconds after a change of peers in which every look ends in
 HOPELESS = 600.0  # seconds after which a peer without a handshake is no reason to hurry any more
 PEERS_AT_ONCE = 4000  # in one `wg set`: some 200 bytes each
 DEAF = 3600.0  # seconds until a local address that did not answer is tried before the public ones again
+SWITCH_AFTER = 0.3  # seconds from the instant at which others expect a node's new key until the node has it
+SWITCH_WITHIN = 3.0  # seconds in which its handshake must follow, or others go back to the old key
+LONGEST = 900.0  # seconds that an announced change of a key may be away
 TURN = 20.0  # seconds an endpoint candidate is tried before the next: four handshake attempts (REKEY_TIMEOUT 5 s)
 
 
@@ -940,6 +943,7 @@ class Actual(NamedTuple):
     addresses: tuple[str, ...] = ()  # as Linux lists them: the primary one of a network before the secondary ones
     routes: frozenset[str] = frozenset()
     peers: Mapping[str, LivePeer] = {}
+    public: str = ""
 
 
 class Desired(NamedTuple):
@@ -988,6 +992,7 @@ class Config(Kept):
     endpoint: str = ""
     localaddress: str = ""
     localrange: str = ""
+    keyed: bool = False  # the user gave the WireGuard key
     wishes: dict[str, Any] = {}
     daemon: str = "on"
 
@@ -1029,6 +1034,8 @@ class Memory(Kept):
     deaf: dict[str, float] = {}  # by key: until when its local address is not tried first
     waiting: dict[str, float] = {}  # by key: since when without a handshake
     kept: dict[str, float] = {}  # by node: until when, after a restore
+    switch: dict[str, float] = {}  # by node: when its key changes
+    passed: dict[str, int] = {}  # by old key: its last handshake when the new one took over
     unsettled: float = 0.0
     flashed: float = 0.0
     exchanged: float = 0.0
@@ -1059,7 +1066,7 @@ def parse_dump(text: str) -> Actual:
     private = "" if lines[0][0] == "(none)" else lines[0][0]
     try:
         peers = {line[0]: _live_peer(line) for line in lines[1:]}
-        return Actual(True, private, int(lines[0][2]), peers=peers)
+        return Actual(True, private, int(lines[0][2]), peers=peers, public=lines[0][1])
     except ValueError as bad:
         raise Invalid(f"`wg show … dump` printed something that this agent cannot read ({bad})") from bad
 
@@ -1147,6 +1154,8 @@ def parse_record(record: Any) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise Invalid("a peer record is no object")
     clean: dict[str, Any] = {"id": str(record["id"]), "name": check_name(record["name"]), "key": check_key(record["key"])}
+    if record.get("next"):
+        clean["next"] = check_key(record["next"])
     if record.get("ip"):
         clean["ip"] = check_address(record["ip"], 4)
     if record.get("ip6"):
@@ -1178,7 +1187,7 @@ def parse_me(me: Any) -> dict[str, Any]:
         if isinstance(me[kind], bool) or not isinstance(me[kind], int) or not low <= me[kind] <= high:
             raise Invalid(f"{kind} is {me[kind]!r}")
         clean[kind] = me[kind]
-    for kind, usual in (("dns", True), ("forwarding", True), ("punch", True), ("local", False)):
+    for kind, usual in (("dns", True), ("forwarding", True), ("punch", True), ("local", False), ("refresh", False)):
         clean[kind] = me.get(kind, usual) is True
     clean["deny"] = [str(node) for node in me.get("deny", ())]
     clean["interface"] = check_interface(me.get("interface") or "nm-")
@@ -1205,6 +1214,21 @@ def parse_news(view: View, news: Any) -> View:
         return after
     except (KeyError, TypeError, ValueError, AttributeError) as bad:
         raise BadAnswer(f"the server sent something that this agent does not understand ({bad}): update netclient-lite?") from bad
+
+
+def parse_switch(told: Any, at: float) -> dict[str, float]:
+    """`in` of an answer that came at a time: when the keys of these nodes change."""
+    if not isinstance(told, dict):
+        return {}
+    return {node: at + min(max(0.0, left), LONGEST) for node, left in told.items() if isinstance(left, (int, float))}
+
+
+def parse_keys(text: str) -> tuple[str, tuple[str, str] | None]:
+    """`wgkey-NETWORK`: the private key in force, then, until it is, the next one with its public half."""
+    private, *more = text.split()
+    if len(more) not in (0, 2):
+        raise Invalid("cut off, or written by another version")
+    return check_key(private), (check_key(more[0]), check_key(more[1])) if more else None
 
 
 # ------------------------------------------------------------
@@ -1313,15 +1337,43 @@ def _unfit(text: str, homes: Sequence[Any], out: Sequence[tuple[str, Any]]) -> s
     return f"it would take {swallowed} into the tunnel" if swallowed else ""
 
 
+def spare_of(record: Mapping[str, Any]) -> str:
+    """The other key of a node whose key is being refreshed: the next one, or after the change the old one."""
+    return str(record.get("next") or record.get("old") or "")
+
+
+def turned(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with its two keys changed over."""
+    here, there = ("next", "old") if "next" in record else ("old", "next")
+    return {**{name: value for name, value in record.items() if name != here}, "key": record[here], there: record["key"]}
+
+
+def keeping_keys(before: View, after: View, live: Mapping[str, LivePeer]) -> None:
+    """What news of the server must not undo: of two keys the one that is in use. Changes `after`.
+
+    A server that was restored may know a node by an older key: the one it had stays beside that, until the node has told.
+    """
+    for node, record in after.peers.items():
+        old = before.peers.get(node, record)
+        if old.get("old") == record["key"] and record.get("next") == old["key"]:
+            if live[old["key"]].handshake if old["key"] in live else 0:
+                after.peers[node] = turned(record)
+        elif old["key"] not in (record["key"], record.get("next")) and before.incarnation not in ("-", after.incarnation):
+            after.peers[node] = {**record, "next": old["key"]}
+
+
 def desire(
     view: View, node: str, config: Config, private: str, endpoints: Mapping[str, str], keep_out: Sequence[str] = ()
 ) -> tuple[Desired, list[str]]:
-    """The interface that the view asks for, and the guards' warnings. `endpoints`: by node, from choose_endpoint."""
+    """The interface that the view asks for, and the guards' warnings. `endpoints`: by node (or key of a second peer of it)."""
     me = view.me
     ranges = [me[width] for width in ("range", "range6") if me.get(width)]
     addresses = [me[kind] + "/" + me[width].split("/")[1] for kind, width in (("ip", "range"), ("ip6", "range6")) if me.get(kind)]
     allowed, warnings = guarded(view, node, keep_out)
     peers = {}
+    for spare in filter(None, (spare_of(view.peers[other]) for other in allowed)):
+        where = endpoints.get(spare, "")
+        peers[spare] = Peer(spare, where, frozenset(), me["keepalive"] if where else 0)
     for other, own in allowed.items():
         key = view.peers[other]["key"]
         peers[key] = Peer(key, endpoints.get(other, ""), own, me["keepalive"])
@@ -1339,6 +1391,8 @@ def plan(actual: Actual, desired: Desired, create: Step, batch: bool = False) ->
     """
     steps = [] if actual.exists else [create]
     steps += _device_steps(actual, desired)
+    kicked = {key: actual.peers[key]._replace(keepalive=value) for key, value in _kicks(actual, desired).items()}
+    actual = actual._replace(peers={**actual.peers, **kicked})
     dropped = [address for address in actual.addresses if address not in desired.addresses]
     stay = [address for address in actual.addresses if address in desired.addresses and not _falls(address, actual, desired)]
     added = desired.addresses - set(stay)
@@ -1380,11 +1434,17 @@ def _device_steps(actual: Actual, desired: Desired) -> list[Step]:
     if secret:  # through standard input: arguments are visible to every user of the machine
         words += ["private-key", "/dev/stdin"]
     if words:
-        why = "set " + (" and ".join(words[::2])).replace("private-key", "private key").replace(
-            "listen-port", "port %d" % desired.port
-        )
+        why = "set " + " and ".join(words[::2]).replace("-key", " key").replace("listen-port", "port %d" % desired.port)
+        for key, value in _kicks(actual, desired).items():
+            words += ["peer", key, "persistent-keepalive", str(value)]
         steps.append(Step(("wg", "set", desired.interface, *words), why, desired.private + "\n" if secret else "", secret))
     return steps
+
+
+def _kicks(actual: Actual, desired: Desired) -> dict[str, int]:
+    """By peer: a keepalive to set with a new private key. The right one, set after that, makes a packet, and so a handshake."""
+    stay = sorted(actual.peers.keys() & desired.peers.keys()) if actual.private not in ("", desired.private) else ()
+    return {key: 0 if desired.peers[key].keepalive else 1 for key in stay}
 
 
 def _address_step(interface: str, verb: str, address: str) -> Step:
@@ -2094,8 +2154,10 @@ def forget_staged(context: Context, network: str) -> None:
 class Node:
     """One membership on this machine: its files, its conversation, its interface."""
 
-    def __init__(self, context: Context, config: Config, secret: Secret, private: str) -> None:
-        self.context, self.config, self.secret, self.private = context, config, secret, private
+    def __init__(
+        self, context: Context, config: Config, secret: Secret, private: str, spare: tuple[str, str] | None = None
+    ) -> None:
+        self.context, self.config, self.secret, self.private, self.spare = context, config, secret, private, spare
         self.paths, self.files, self.run = context.paths, context.files, context.run
         self.counters = Counters(read_text(self.paths.of("state", config.network)))
         self.memory = self._remembered()
@@ -2104,6 +2166,7 @@ class Node:
         self.homes: dict[str, str] = {}
         self._live = Actual()
         self.fresh: set[str] = set()
+        self.heard = 0.0
         self.changes: list[Step] = []
 
     def move(self, context: Context) -> None:
@@ -2123,12 +2186,12 @@ class Node:
             kind = "secret"
             secret = Secret.parse(network, read_text(paths.of(kind, network)))
             kind = "wgkey"
-            private = check_key(read_text(paths.of(kind, network)).strip())
+            keys = parse_keys(read_text(paths.of(kind, network)))
         except ValueError as bad:
             raise NetclientError(
                 f"{paths.of(kind, network)} is missing or damaged: join --force with a fresh token, or leave -n {network}"
             ) from bad
-        return cls(context, config, secret, private)
+        return cls(context, config, secret, *keys)
 
     def _remembered(self) -> Memory:
         try:
@@ -2164,6 +2227,12 @@ class Node:
         self.files.write(path, json.dumps(memory.view.values(), separators=(",", ":")) + "\n")
         memory.flashed = now
 
+    def keep_keys(self, private: str, spare: tuple[str, str] | None) -> None:
+        """To flash: the key in force, and the next one with its public half, until that is in force."""
+        text = private + "\n" + (" ".join(spare) + "\n" if spare else "")
+        self.files.write(self.paths.of("wgkey", self.config.network), text)
+        self.private, self.spare = private, spare
+
     # -- the machine
 
     def read(self) -> Actual:
@@ -2175,7 +2244,56 @@ class Node:
         own = self.memory.view.peers.get(self.secret.node, {})
         seen = split_endpoint(own["seen"])[0] if own.get("seen") else ""
         self.place = Place(seen, tuple(self.homes), self.context.system.lan_hash(), me.get("local", False), me.get("punch", True))
+        for node, record in list(self.memory.view.peers.items()):
+            spare = spare_of(record)  # whoever missed the instant moves at the first handshake
+            if spare and self._handshake(spare) > max(self._handshake(record["key"]), self.memory.passed.get(spare, 0)):
+                self.turn(node)
         return self._live
+
+    def _handshake(self, key: str) -> int:
+        return self._live.peers[key].handshake if key in self._live.peers else 0
+
+    def turn(self, node: str) -> None:
+        """Have a node's traffic go by its other key."""
+        memory = self.memory
+        old, record = memory.view.peers[node]["key"], turned(memory.view.peers[node])
+        memory.view.peers[node], new = record, record["key"]
+        memory.passed = {old: self._handshake(old), **{key: at for key, at in memory.passed.items() if key in self._live.peers}}
+        memory.waiting.pop(new, None)
+        memory.deaf[new] = memory.deaf.get(old, 0)
+        memory.unsettled = time.monotonic() + UNSETTLED
+
+    def switch(self, patience: float) -> None:
+        """Change keys at the announced instants, waiting for those that are at most `patience` seconds away.
+
+        A node that does not come with its new key has missed it: others go back to the old one until it does.
+        """
+        memory = self.memory
+        for node, at in sorted(memory.switch.items(), key=lambda pair: pair[1]):
+            own = node == self.secret.node
+            at += own and SWITCH_AFTER
+            left = at - time.monotonic()
+            if patience < left <= LONGEST or self.run.dry:
+                return
+            del memory.switch[node]
+            if left > LONGEST or not (self.spare if own else "next" in memory.view.peers.get(node, ())):
+                continue
+            time.sleep(max(0.0, left - 1))  # what takes time is done before
+            self.read()
+            if own and self.spare:
+                self.keep_keys(self.spare[0], None)
+            time.sleep(max(0.0, at - time.monotonic()))
+            if not own and "next" in memory.view.peers[node]:
+                self.turn(node)
+            self.apply(memory.view)
+            if not own:
+                time.sleep(SWITCH_WITHIN)
+                self.read()
+                record = memory.view.peers[node]
+                if "old" in record and not self._handshake(record["key"]):
+                    self.turn(node)
+                self.apply(memory.view)
+            self.save_memory()
 
     def keep_out(self) -> list[str]:
         endpoints = [live.endpoint for live in self._live.peers.values() if live.endpoint]
@@ -2201,9 +2319,14 @@ class Node:
             chosen = choose_endpoint(record, self.place, where, resting, turn, saved, now < self.memory.deaf.get(key, 0))
             if turn and where == record.get("local"):  # it was tried and no handshake came: the public one, for a while
                 self.memory.deaf[key] = now + DEAF
+            spare = self._live.peers.get(spare_of(record))
+            if spare and spare.endpoint and not where:
+                chosen = spare.endpoint
             address = split_endpoint(chosen)[0] if chosen else ""
             if chosen and address not in mine and not inside(address, ranges):
                 endpoints[node] = chosen
+                if spare and turn:  # which of the two keys the node has shows when it answers
+                    endpoints[spare.key] = chosen
         out = [*self.keep_out(), *(split_endpoint(text)[0] for text in endpoints.values())]
         wanted, warnings = desire(view, self.secret.node, self.config, self.private, endpoints, out)
         for warning in [text for text in warnings if text not in self.memory.warned]:
@@ -2267,8 +2390,15 @@ class Node:
 
     def facts(self) -> dict[str, Any]:
         local = self.config.localaddress or self._local_address()
+        live, told = self._live, self.memory.facts
+        spare = self.spare[1] if self.spare else ""
+        known = live.public if live.private == self.private else "" if live.exists else told.get("key")
+        more: dict[str, Any] = {"keyed": True} if self.config.keyed else {}
+        if spare or told.get("next") or "next" in self.memory.view.peers.get(self.secret.node, ()):
+            more["next"] = spare
         return {
-            "key": self.memory.facts.get("key") or derived_public(self.private),
+            **more,
+            "key": known or derived_public(self.private),
             "port": self.config.port,
             "fixed": self.config.fixed,
             "endpoint": self.config.endpoint,
@@ -2293,6 +2423,7 @@ class Node:
         now = time.monotonic()
         told = {} if self.run.dry else report(self.memory, self._live, self.fresh, self.facts(), self.config.wishes, now)
         answer, data = self.session.exchange(told)
+        self.heard = answer.at
         reported(self.memory, told)
         self.memory.exchanged = now
         self._clock(answer.time, "the server's")
@@ -2303,11 +2434,11 @@ class Node:
         if said:
             self.context.say(f"{self.config.network}: {said}")
 
-    def check_in(self, handed: Answer | None = None, afresh: bool = False) -> None:
+    def check_in(self, handed: Answer | None = None, afresh: bool = False, patience: float = 0) -> None:
         """One check-in: repair the machine from what is known, ask, apply what is new, confirm, remember.
 
-        afresh: take a snapshot whatever is known. Raises Refused, Unreachable and CommandFailed; the machine is then as the last
-        authenticated answer wants it.
+        afresh: take a snapshot whatever is known; patience: see `switch`. Raises Refused, Unreachable and CommandFailed; the
+        machine is then as the last authenticated answer wants it.
         """
         files = [self.paths.of(kind, self.config.network) for kind in (*MEMBERSHIP, "peers")]
         self._clock(max((os.path.getmtime(path) for path in files if os.path.exists(path)), default=0.0), "its own files'")
@@ -2318,6 +2449,7 @@ class Node:
             self.counters.word = "-"
         data = self._opened(handed) if handed is not None and handed.status == 200 else None
         for _ in range(5):
+            self.switch(patience)
             try:
                 data = data or self.exchange()
             except Unreachable:
@@ -2334,6 +2466,7 @@ class Node:
             self.save_good()
 
     def _opened(self, answer: Answer) -> Any:
+        self.heard = answer.at
         body = answer.body if self.session.box is None else unseal(self.session.box, answer.body)
         return json.loads(body)
 
@@ -2344,6 +2477,10 @@ class Node:
         after = parse_news(before, data)
         after.incarnation = self.counters.incarnation
         lingering(memory, before, after, "from" not in data, time.monotonic())
+        keeping_keys(before, after, self._live.peers)
+        memory.switch = parse_switch(data.get("in"), self.heard)
+        if before.incarnation not in ("-", after.incarnation):  # a restored server knows older ones
+            memory.facts, memory.seen, memory.mute = {}, {}, {}
         refused = memory.rejected.get("word") == after.word
         if refused:  # taken back once: its peers count, its addresses and routes do not
             after.me = before.me
@@ -2367,6 +2504,12 @@ class Node:
             self.files.write(self.paths.of("netconfig", self.config.network), self.config.text())
         memory.view = after
         self.counters.word = after.word
+        asked = after.me.get("refresh") and not self.config.keyed
+        if self.spare and not asked:
+            self.keep_keys(self.private, None)
+        elif asked and not self.spare and "next" not in after.peers.get(self.secret.node, ()):
+            new = new_private()
+            self.keep_keys(self.private, (new, derived_public(new)))
         if not self.run.dry:
             self.save_memory()
             self.save_counters()
@@ -2429,7 +2572,7 @@ class Node:
         """Write down when the next full check is due (after a failure at once), and what the machine looks like until then."""
         now, memory = time.monotonic(), self.memory
         hurry = any(now - since < HOPELESS for key, since in memory.waiting.items() if self._tried(key))
-        unsettled = hurry or now < memory.unsettled or memory.trial is not None  # an approval comes as a new word
+        unsettled = hurry or now < memory.unsettled or memory.trial is not None or bool(memory.switch)  # approval: a word
         self.counters.due = now + CHECK_EVERY if done and not unsettled else 0
         self.counters.interface = self.config.interface
         self.counters.local = self.session.own or "-"
@@ -2461,21 +2604,21 @@ def new_private() -> str:
     return binascii.b2a_base64(bytes(raw), newline=False).decode()
 
 
-def check_in(context: Context, network: str, afresh: bool = False, retell: bool = False) -> ExitStatus:
-    """One check-in of one network, under its lock; another run that has the lock is no error."""
+def check_in(context: Context, network: str, afresh: bool = False, retell: bool = False, patience: float = 0) -> bool:
+    """One check-in of one network, under its lock (another run that has it is no error). Whether a key is still to change."""
     held, answer = HANDED_OVER.pop(network, (None, None))
     if held is None:
         held = context.files.lock(context.paths.of("lock", network))
     if held is None:
-        return ExitStatus.OK
+        return False
     try:
         node, done = Node.load(context, network), False
         if retell:
             node.memory.facts, node.memory.wishes, node.memory.seen, node.memory.mute = {}, {}, {}, {}
         try:
-            outcome = _check_in(node, answer, afresh)
+            _check_in(node, answer, afresh, patience)
             done = True
-            return outcome
+            return bool(node.memory.switch)
         except BadAnswer as bad:
             raise Unreachable(str(bad)) from bad
         finally:
@@ -2485,15 +2628,15 @@ def check_in(context: Context, network: str, afresh: bool = False, retell: bool 
         os.close(held)
 
 
-def _check_in(node: Node, answer: Answer | None, afresh: bool) -> ExitStatus:
+def _check_in(node: Node, answer: Answer | None, afresh: bool, patience: float) -> None:
     network, say = node.config.network, node.context.say
     try:
-        node.check_in(answer, afresh)
+        node.check_in(answer, afresh, patience)
     except Refused as no:
         if no.code == 410:
             end_membership(node, "confirm")
             say(f"{network}: removed by the administrator: {node.config.interface} is taken down and forgotten")
-            return ExitStatus.OK
+            return
         if no.code != 404:
             raise
         say(f"{network}: the server does not know this node (restored from an older backup?): joining again")
@@ -2510,7 +2653,6 @@ def _check_in(node: Node, answer: Answer | None, afresh: bool) -> ExitStatus:
     done = [step.why for step in node.changes if not step.why.startswith(TRY)]
     if done and not node.run.echo:
         say(f"{network}: {'; '.join(done[:6])}{' …' if len(done) > 6 else ''}")
-    return ExitStatus.OK
 
 
 def enrol(node: Node, wishes: Mapping[str, Any]) -> None:
@@ -2824,6 +2966,7 @@ def prepare(context: Context, token: Token, options: Options) -> Node:
         raise NetclientError(f"{interface} is there already: choose another --interface (--force replaces nm-{network})")
     pin = token.pin or trusted_pin(context, token, options)
     values = {**chosen, "network": network, "servers": list(token.servers), "interface": interface, "port": port}
+    values["keyed"] = bool(options.privatekey)
     config = Config({**values, "fixed": options.port is not None, "wishes": wishes, "daemon": options.daemon or "on"})
     try:
         secret = Secret.parse(network, read_text(paths.of("secret", network)))
@@ -2989,12 +3132,17 @@ def _leave_rest(context: Context, network: str) -> None:
 def cmd_checkin(context: Context, options: Options, afresh: bool = False, retell: bool = False) -> ExitStatus:
     need_root(options.verb)
     outcome = ExitStatus.OK
-    for network in [name for name in chosen_networks(context, options) if name not in QUICKLY_DONE]:
-        try:
-            check_in(context, network, afresh or bool(options.force), retell)
-        except NetclientError as bad:
-            context.say(f"{network}: {bad}" if not str(bad).startswith(network + ":") else str(bad))
-            outcome = ExitStatus.FAILED
+    names = [name for name in chosen_networks(context, options) if name not in QUICKLY_DONE]
+    for patience in (0.0, LONGEST)[len(names) < 2 :]:  # what is awaited in one network must not hold others up
+        waiting = []
+        for network in names:
+            try:
+                if check_in(context, network, afresh or bool(options.force), retell, patience):
+                    waiting.append(network)
+            except NetclientError as bad:
+                context.say(f"{network}: {bad}" if not str(bad).startswith(network + ":") else str(bad))
+                outcome = ExitStatus.FAILED
+        names = waiting
     return outcome
 
 
@@ -3163,7 +3311,7 @@ def follow(context: Context, network: str, stop: threading.Event) -> None:
     while not stop.is_set() and network in context.paths.networks():
         began = time.monotonic()
         try:
-            check_in(context, network)
+            check_in(context, network, patience=4.0)
             said, failed = "", False
         except NetclientError as bad:
             if str(bad) != said:
