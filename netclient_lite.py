@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """netclient-lite: the agent of netmaker-lite, one file on the standard library alone.
 
-It makes this machine a node of WireGuard mesh networks: it asks the server what the mesh looks like, compares that with what the
-machine has, and changes what differs with `wg` and `ip`, never more.
+It makes this machine a node of WireGuard meshes: it asks the server what a mesh looks like, compares that with what the machine
+has, and changes what differs with `wg` and `ip`, never more.
 
     netclient_lite.py join -t TOKEN            become a node; then check in every 15 s (--daemon on, the default)
     netclient_lite.py checkin -n all           one check-in; what cron, procd and systemd call
@@ -17,16 +17,16 @@ server, and never acts on silence: without an authenticated answer the machine s
 
 Contents
     WIRE        the protocol's line and MAC, HTTP over a socket, and the no-change check-in on C built-ins alone
-    IMPORTS     the standard library; requests, PyNaCl and zeroconf are imported where they are used
+    IMPORTS     the standard library; others are imported where they are used
     ERRORS      what can go wrong, each with its exit status
     TOKENS      the access token, X25519, keys by label, sealing
-    SETTINGS    the flags with their environment names and defaults; where the files are
+    SETTINGS    the flags with their environment names; where the files are
     VALUES      the named tuples that everything below speaks of
     PARSE       text to values: tool output, answers, addresses and names
     PLAN        desired state and actual state to the shortest list of steps; pure
     RUN         the only place that starts processes
     FILES       the only place that writes files; locks
-    SYSTEM      this machine: WireGuard back ends, addresses, routes, what it looks like from outside
+    SYSTEM      this machine: WireGuard back ends, addresses, routes
     API         one membership's conversation with its server
     RECONCILE   one check-in: exchange, plan, apply, confirm, report
     SERVICE     what makes a check-in happen every 15 s
@@ -42,7 +42,7 @@ __version__ = "0.1.0"
 # WIRE
 # --------------------
 # A check-in every 15 s is the hot path of the product, so this section imports C built-ins only: `import json` alone costs as
-# much as starting Python. The private names are CPython's; the public modules stand in where they are missing.
+# much as starting Python.
 
 import sys
 
@@ -239,10 +239,10 @@ def addresses_of(host: str) -> list[str]:
 
 
 def post(host: str, port: int, prefix: str, path: str, line: str, body: bytes = b"") -> bytes:
-    """The bytes of a POST with our line. HTTP/1.0: no chunks, and the connection's end is the answer's."""
+    """The bytes of a POST with our line, of a GET without one. HTTP/1.0: no chunks, and the connection's end is the answer's."""
     name = f"[{host}]" if ":" in host else host
-    head = "POST %s%s HTTP/1.0\r\nHost: %s:%d\r\n%s: %s\r\nContent-Length: %d\r\n\r\n"
-    return (head % (prefix, path, name, port, HEADER, line, len(body))).encode() + body
+    verb, more = ("POST", "%s: %s\r\nContent-Length: %d\r\n" % (HEADER, line, len(body))) if line else ("GET", "")
+    return ("%s %s%s HTTP/1.0\r\nHost: %s:%d\r\n%s\r\n" % (verb, prefix, path, name, port, more)).encode() + body
 
 
 def label_key(z: bytes, label: str, agent: bytes, server: bytes, network: str) -> bytes:
@@ -494,6 +494,9 @@ class Unreachable(NetclientError):
     """No server of the list gave an answer that proves itself: nothing may change."""
 
 
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what reading odd JSON may raise
+
+
 class Refused(NetclientError):
     """The genuine server said no. `answer` is what it said; `code` its HTTP status."""
 
@@ -519,6 +522,7 @@ class CommandFailed(NetclientError):
 
 CURVE_P = 2**255 - 19
 KEY_BYTES = 32
+ACCESS_KEY = r"([\w-]{1,32}\.[\w-]{22,86})?"
 
 
 class Token(NamedTuple):
@@ -562,10 +566,10 @@ def parse_token(text: str) -> Token:
     try:
         servers = tuple(server for server in fields["server"] if split_url(server))
         token = Token(servers, unb64(fields["pin"]), check_network(fields["network"]), fields["key"])
-        if not servers or len(token.pin) != KEY_BYTES or not re.fullmatch(r"([\w-]{1,32}\.[\w-]{22,86})?", token.key, re.ASCII):
+        if not servers or len(token.pin) != KEY_BYTES or not re.fullmatch(ACCESS_KEY, token.key, re.ASCII):
             raise Invalid("no server, no key of it, or an access key of another form")
         return token
-    except (KeyError, TypeError, ValueError, AttributeError) as bad:
+    except MALFORMED as bad:
         raise Invalid(f"the token is whole but says something impossible ({bad}): ask for another") from bad
 
 
@@ -975,7 +979,7 @@ class Config(Kept):
             if values["version"] != 1:
                 raise Invalid("it was written by a newer netclient-lite")
             return cls(values)
-        except (ValueError, KeyError, TypeError, AttributeError) as bad:
+        except MALFORMED as bad:
             raise Invalid(f"the file is damaged ({bad})") from bad
 
     def text(self) -> str:
@@ -1155,8 +1159,8 @@ def parse_me(me: Any) -> Row:
                 raise Invalid(f"the own address {clean[kind]} is not in {network}")
             clean[width] = str(network)
     clean["port"] = check_port(me["port"])
-    for kind, low, high in (("keepalive", 0, 65535), ("mtu", 576, 65535)):
-        if isinstance(me[kind], bool) or not isinstance(me[kind], int) or not low <= me[kind] <= high:
+    for kind, low in (("keepalive", 0), ("mtu", 576)):
+        if isinstance(me[kind], bool) or not isinstance(me[kind], int) or not low <= me[kind] <= 65535:
             raise Invalid(f"{kind} is {me[kind]!r}")
         clean[kind] = me[kind]
     for kind, usual in (("dns", True), ("forwarding", True), ("punch", True), ("local", False), ("refresh", False)):
@@ -1184,7 +1188,7 @@ def parse_news(view: View, news: Any) -> View:
         if "me" in news:
             after.me = parse_me(news["me"])
         return after
-    except (KeyError, TypeError, ValueError, AttributeError) as bad:
+    except MALFORMED as bad:
         raise BadAnswer(f"the server sent something that this agent does not understand ({bad}): update netclient-lite?") from bad
 
 
@@ -1387,7 +1391,6 @@ def networks_of(addresses: Iterable[str]) -> frozenset[str]:
 
 
 def _device_steps(actual: Actual, desired: Desired) -> list[Step]:
-    steps = []
     words: list[str] = []
     if actual.port != desired.port:
         words += ["listen-port", str(desired.port)]
@@ -1398,8 +1401,8 @@ def _device_steps(actual: Actual, desired: Desired) -> list[Step]:
         why = "set " + " and ".join(words[::2]).replace("-key", " key").replace("listen-port", "port %d" % desired.port)
         for key, value in _kicks(actual, desired).items():
             words += ["peer", key, "persistent-keepalive", str(value)]
-        steps.append(Step(("wg", "set", desired.interface, *words), why, desired.private + "\n" if secret else "", secret))
-    return steps
+        return [Step(("wg", "set", desired.interface, *words), why, desired.private + "\n" if secret else "", secret)]
+    return []
 
 
 def _kicks(actual: Actual, desired: Desired) -> dict[str, int]:
@@ -1598,12 +1601,9 @@ class Files:
     @staticmethod
     def _sync(path: str) -> None:
         handle = os.open(path, os.O_RDONLY)
-        try:
+        with contextlib.suppress(OSError):  # some FUSE and network file systems cannot
             os.fsync(handle)
-        except OSError:
-            pass  # some FUSE and network file systems cannot
-        finally:
-            os.close(handle)
+        os.close(handle)
 
     @staticmethod
     def _discard(path: str) -> None:
@@ -1671,7 +1671,7 @@ class System:
             if backend.is_supported():
                 return backend
         raise NetclientError(
-            "this machine has no WireGuard: the kernel has none and no wireguard-go or boringtun was found (with /dev/net/tun); "
+            "this machine has no WireGuard in its kernel, and no wireguard-go or boringtun (with /dev/net/tun): "
             "install kmod-wireguard (OpenWrt), wireguard-go, or a newer kernel"
         )
 
@@ -1793,12 +1793,7 @@ class SocketTransport:
 
     def send(self, url: str, path: str, line: str, body: bytes, timeout: float, verify: bool) -> Reply:
         tls, host, port, prefix = split_url(url)
-        if line:
-            request = post(host, port, prefix, path, line, body)
-        else:
-            name = f"[{host}]" if ":" in host else host
-            request = ("GET %s%s HTTP/1.0\r\nHost: %s:%d\r\n\r\n" % (prefix, path, name, port)).encode()
-        return Reply(*http(host, port, tls, request, timeout, verify))
+        return Reply(*http(host, port, tls, post(host, port, prefix, path, line, body), timeout, verify))
 
 
 class RequestsTransport:
@@ -1854,9 +1849,9 @@ class Session:
         done: tuple[Answer, Any] = self._any_server(lambda server: self._exchange(server, report))
         return done
 
-    def join(self, proof: Callable[[bytes], Fields], facts: Fields, wishes: Fields) -> Any:
-        """Become a node: the server's answer. `proof` makes the proof for a nonce, {} without an access key."""
-        return self._any_server(lambda server: self._join(server, proof, facts, wishes))
+    def join(self, ask: Callable[[bytes], Fields]) -> Any:
+        """Become a node: the server's answer. `ask` makes the body for a nonce."""
+        return self._any_server(lambda server: self._join(server, ask))
 
     def prove(self) -> Answer:
         answer: Answer = self._any_server(self._prove)
@@ -1952,11 +1947,10 @@ class Session:
         self.counters.incarnation = str(data["incarnation"])
         return answer
 
-    def _join(self, server: str, proof: Callable[[bytes], Fields], facts: Fields, wishes: Fields) -> Any:
+    def _join(self, server: str, ask: Callable[[bytes], Fields]) -> Any:
         for _ in range(3):
             nonce = os.urandom(16)
-            asked = {**proof(nonce), "facts": facts, "wishes": wishes}
-            body = self._sealed(json.dumps(asked, separators=(",", ":")).encode())
+            body = self._sealed(json.dumps(ask(nonce), separators=(",", ":")).encode())
             line = self._join_line(self.counters.incarnation, nonce, body)
             answer, data = self._verified(line, self._send(server, JOIN_PATH, line, body))
             if answer.status == 200:
@@ -1975,7 +1969,7 @@ def fetch_pin(sender: SocketTransport | RequestsTransport, server: str, verify: 
         if len(pin) != KEY_BYTES:
             raise ValueError("no key")
         return pin
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as bad:
+    except MALFORMED as bad:
         raise BadAnswer("there is no netmaker-lite server") from bad
 
 
@@ -2151,9 +2145,9 @@ class Node:
     def _remembered(self) -> Memory:
         try:
             return Memory(json.loads(read_text(self.file("memory"))))
-        except (ValueError, TypeError, AttributeError):
+        except MALFORMED:
             memory = Memory()
-        with contextlib.suppress(ValueError, TypeError, AttributeError):
+        with contextlib.suppress(*MALFORMED):
             memory.view = View(json.loads(read_text(self.file("peers"))))
         # what the user wished was told when it was written down; an administrator's later word counts
         memory.wishes = dict(self.config.wishes)
@@ -2598,12 +2592,14 @@ def enrol(node: Node, wishes: Fields) -> None:
     token = parse_stored(read_text(node.file("nettoken")))
     node.read()
 
-    def proof(nonce: bytes) -> Fields:
-        name, _, secret = token.partition(".")
-        return {"proof": {"key": name, "mac": key_proof(unb64(secret), node.secret.key("proof"), nonce)}} if token else {}
-
     facts = node.facts()
-    data = node.session.join(proof, facts, wishes)
+
+    def ask(nonce: bytes) -> Fields:
+        name, _, secret = token.partition(".")
+        proof = {"key": name, "mac": key_proof(unb64(secret), node.secret.key("proof"), nonce)}
+        return {"facts": facts, "wishes": wishes, **({"proof": proof} if token else {})}
+
+    data = node.session.join(ask)
     node.secret.node, node.secret.look = str(data["node"]), str(data["look"])
     node.files.write(node.file("secret"), node.secret.text())
     node.counters.epoch, node.counters.sequence, node.counters.word = 0, -1, "-"
@@ -2615,7 +2611,7 @@ def enrol(node: Node, wishes: Fields) -> None:
 
 def parse_stored(text: str) -> str:
     key = text.strip()
-    if key and not re.fullmatch(r"[\w-]{1,32}\.[\w-]{22,86}", key, re.ASCII):
+    if not re.fullmatch(ACCESS_KEY, key, re.ASCII):
         raise NetclientError("the stored access key is damaged: join again with --force and a fresh token")
     return key
 
@@ -2657,7 +2653,7 @@ Wants=network-online.target
 [Service]
 Type={kind}
 ExecStart={launcher} {verb}
-# a userspace WireGuard is our child and must outlive a check-in
+# a userspace WireGuard, our child, outlives a check-in
 KillMode=process
 {more}
 """
@@ -2689,11 +2685,10 @@ class Systemd:
 
     def install(self, mode: str, launcher: str) -> None:
         write = self.context.files.write
-        if mode == "resident":
-            more = "Restart=always\nRestartSec=5\n\n[Install]\nWantedBy=multi-user.target"
-            text = SYSTEMD_SERVICE.format(what="stay and apply changes", kind="exec", launcher=launcher, verb="daemon", more=more)
-        else:
-            text = SYSTEMD_SERVICE.format(what="check in", kind="oneshot", launcher=launcher, verb="checkin -n all", more="")
+        more = "Restart=always\nRestartSec=5\n\n[Install]\nWantedBy=multi-user.target"
+        resident = ("stay and apply changes", "exec", "daemon", more)
+        what, kind, verb, more = resident if mode == "resident" else ("check in", "oneshot", "checkin -n all", "")
+        text = SYSTEMD_SERVICE.format(what=what, kind=kind, launcher=launcher, verb=verb, more=more)
         changed = write(self.folder + "/netclient.service", text, 0o644)
         changed = (mode == "on" and write(self.folder + "/netclient.timer", SYSTEMD_TIMER, 0o644)) or changed
         unit = "netclient.service" if mode == "resident" else "netclient.timer"
@@ -2749,10 +2744,8 @@ def install_service(context: Context, mode: str) -> None:
     except (NetclientError, OSError) as bad:
         context.say(f"the service could not be set up: {bad}")
         return
-    context.say(
-        "no init system that this agent knows runs here: have cron call "
-        f"`{launcher} checkin -n all` every 15 s (cron/README.md), or keep `{launcher} daemon` running"
-    )
+    ways = f"`{launcher} checkin -n all` every 15 s (cron/README.md), or keep `{launcher} daemon` running"
+    context.say("no init system that this agent knows runs here: have cron call " + ways)
 
 
 def nudge_daemon(context: Context) -> None:
@@ -3210,7 +3203,7 @@ def follow(context: Context, network: str, stop: threading.Event) -> None:
     while not stop.is_set() and network in context.paths.networks():
         began = time.monotonic()
         try:
-            check_in(context, network, patience=4.0)
+            check_in(context, network, patience=LONGEST)
             said, failed = "", False
         except NetclientError as bad:
             if str(bad) != said:
