@@ -60,11 +60,12 @@ import time
 
 TYPE_CHECKING = False  # typing.TYPE_CHECKING without importing typing
 if TYPE_CHECKING:
-    from typing import Any, Callable, Iterable, Mapping, Sequence
+    from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
 
     Fields = Mapping[str, Any]
     Words = Sequence[str]
     Row = dict[str, Any]
+    Spare = tuple[str, str] | None  # a key that is not in force yet: both halves
 
 PROTOCOL = "1"
 HEADER = "NM-Lite"
@@ -138,8 +139,8 @@ def http(
 ) -> tuple[int, dict[str, str], bytes, str]:
     """Send one HTTP/1.0 request and read the answer to its end: (status, headers by lower-case name, body, own address).
 
-    Raises OSError when the server cannot be reached and BadAnswer when what answers is not HTTP. The deadline is for each silence
-    and eight times that in all, so that a server that drips cannot hold a check-in up.
+    OSError when the server cannot be reached, BadAnswer when what answers is not HTTP. The deadline is for each silence,
+    and eight times that in all: a server that drips cannot hold a check-in up.
     """
     end = time.monotonic() + timeout * 8
     sock = _connected(host, port, timeout)
@@ -166,7 +167,7 @@ def http(
 
 def _connected(host: str, port: int, timeout: float) -> Any:
     failure: OSError = OSError(errno.EHOSTUNREACH, "no address")
-    # bytes, since a str host name would import encodings.idna, stringprep and re: 25 M instructions
+    # bytes: a str host name would import encodings.idna, stringprep and re
     for family, kind, proto, _, address in _socket.getaddrinfo(host.encode(), port, 0, _socket.SOCK_STREAM):
         sock = _socket.socket(family, kind, proto)
         sock.settimeout(timeout)
@@ -359,7 +360,7 @@ def lock(path: str, wait: bool = False) -> int | None:
 def machine_mark(interface: str) -> str:
     """A hash of what the kernel shows without a child: the interface, its routes and addresses, the default routes.
 
-    An address flushed or a route removed by hand shows in /proc/net/route and ipv6_route; counters in them are left out.
+    What is flushed by hand shows in /proc/net/route and ipv6_route; counters in them are left out.
     """
     seen = [line.split(":")[0].strip() for line in read_text("/proc/net/dev").split("\n") if interface + ":" in line]
     for line in read_text("/proc/net/route").split("\n"):
@@ -445,7 +446,7 @@ if __name__ == "__main__":
 # --------------------
 # IMPORTS
 # --------------------
-# Only what OpenWrt's python3-light and python3-openssl hold: no urllib, http.client, logging, uuid, pathlib, tempfile.
+# Only what OpenWrt's python3-light and python3-openssl hold.
 
 import argparse
 import contextlib
@@ -679,7 +680,7 @@ def is_public(address: str) -> bool:
 def x25519(scalar: bytes, point: bytes) -> bytes:
     """X25519 (RFC 7748 §5): PyNaCl's where it is installed, else the Montgomery ladder. Invalid for an all-zero outcome (§6.1).
 
-    The ladder does not run in constant time. The agent uses it once, at join, with a key made for that.
+    The ladder does not run in constant time. The agent uses it at join, and once for each new key.
     """
     try:
         from nacl.bindings import crypto_scalarmult
@@ -738,7 +739,7 @@ def unseal(box: Any, body: bytes) -> bytes:
     """Open a sealed body; BadAnswer when it does not open. An empty body stays empty."""
     try:
         return bytes(box.decrypt(body)) if body else b""
-    except Exception as bad:  # nacl.exceptions.CryptoError, ValueError, TypeError: all mean the same here
+    except Exception as bad:  # CryptoError, ValueError, TypeError: all mean the same here
         raise BadAnswer("a sealed body does not open") from bad
 
 
@@ -1004,7 +1005,7 @@ class Memory(Kept):
     wishes: Row = {}
     seen: dict[str, str] = {}
     mute: dict[str, bool] = {}
-    # by key: bytes received and when that changed, the last handshake and when that was (by this clock), bytes sent
+    # by key: bytes received and when that changed, the last handshake and when that was, bytes sent
     rx: dict[str, list[int]] = {}
     deaf: dict[str, float] = {}  # by key: until when its local address is not tried first
     waiting: dict[str, float] = {}  # by key: since when without a handshake
@@ -1109,7 +1110,7 @@ def parse_default_gateway(text: str) -> tuple[str, str]:
         word = line.split()
         if len(word) > 7 and word[1] == word[7] == "00000000":
             with contextlib.suppress(ValueError):
-                # the kernel prints the address as a number in the machine's own byte order
+                # the kernel prints it in the machine's own byte order
                 gateway = bytes.fromhex(word[2])[:: -1 if sys.byteorder == "little" else 1]
                 best = min(best, (int(word[6]), word[0], str(ipaddress.IPv4Address(gateway))))
     return best[1:]
@@ -1199,7 +1200,7 @@ def parse_switch(told: Any, at: float) -> dict[str, float]:
     return {node: at + min(max(0.0, left), LONGEST) for node, left in told.items() if isinstance(left, (int, float))}
 
 
-def parse_keys(text: str) -> tuple[str, tuple[str, str] | None]:
+def parse_keys(text: str) -> tuple[str, Spare]:
     """`wgkey-NETWORK`: the private key in force, then, until it is, the next one with its public half."""
     private, *more = text.split()
     if len(more) not in (0, 2):
@@ -1247,9 +1248,8 @@ def proven_local(record: Fields, place: Place) -> bool:
 def choose_endpoint(record: Fields, place: Place, live: str, fresh: bool, turn: int, saved: str = "", deaf: bool = False) -> str:
     """The endpoint to set for a peer; "" leaves it as it is.
 
-    live: what WireGuard has now; fresh: a session lives there; turn: how many TURNs it has been without one; saved: the
-    last that had a handshake before a reboot; deaf: the local address was tried, and no handshake followed. A fresh endpoint
-    moves only to an address that is proven to be in the same LAN.
+    live: what WireGuard has now; fresh: a session lives there; turn: how many TURNs it has been without one; saved: the last
+    with a handshake before a reboot; deaf: the local address did not answer. A fresh endpoint moves only into the same LAN.
     """
     known = candidates(record, place)
     near = proven_local(record, place) and not record.get("static") and not place.local_only
@@ -1311,20 +1311,14 @@ def _unfit(text: str, homes: Sequence[Any], out: Sequence[tuple[str, Any]]) -> s
     return f"it would take {swallowed} into the tunnel" if swallowed else ""
 
 
-def turned(record: Fields) -> Row:
-    """The record of a node whose key is refreshed, for the other of its two keys."""
-    return {**record, "key": record["spare"], "spare": record["key"], "moved": not record.get("moved")}
-
-
 def keeping_keys(before: View, after: View, live: Mapping[str, LivePeer]) -> None:
-    """What news must not undo: of two keys the one in use, of what a restored server forgot the key that was. Changes `after`."""
+    """Of two keys of a node news must not undo the one in use; what a restored server forgot is one, too. Changes `after`."""
+    restored = before.incarnation not in ("-", after.incarnation)
     for node, record in after.peers.items():
-        old = before.peers.get(node, record)
-        if old.get("moved") and (old["spare"], old["key"]) == (record["key"], record.get("spare")):
-            if old["key"] in live and live[old["key"]].handshake:
-                after.peers[node] = turned(record)
-        elif old["key"] not in (record["key"], record.get("spare")) and before.incarnation not in ("-", after.incarnation):
-            after.peers[node] = {**record, "spare": old["key"]}  # until the node has told its key
+        key = before.peers.get(node, record)["key"]
+        other = key == record.get("spare") or (restored and key != record["key"])
+        if other and key in live and live[key].handshake:
+            after.peers[node] = {**record, "key": key, "spare": record["key"], "moved": True}
 
 
 def desire(
@@ -1364,7 +1358,7 @@ def plan(actual: Actual, desired: Desired, create: Step, batch: bool = False) ->
     steps += _route_steps(desired.interface, "del", actual.routes - desired.routes, batch)
     # the secondary ones first: a primary IPv4 address takes them along (promote_secondaries is off)
     steps += [_address_step(desired.interface, "del", address) for address in reversed(dropped)]
-    if actual.mtu != desired.mtu:  # below 1280 there is no IPv6: lowered when old addresses are gone, raised before new ones
+    if actual.mtu != desired.mtu:  # below 1280 there is no IPv6: lowered after old addresses, raised before new ones
         steps.append(Step(("ip", "link", "set", "dev", desired.interface, "mtu", str(desired.mtu)), "set MTU %d" % desired.mtu))
     steps += [_address_step(desired.interface, "add", address) for address in sorted(added)]
     if not actual.up:
@@ -1395,7 +1389,7 @@ def _device_steps(actual: Actual, desired: Desired) -> list[Step]:
     if actual.port != desired.port:
         words += ["listen-port", str(desired.port)]
     secret = actual.private != desired.private
-    if secret:  # through standard input: arguments are visible to every user of the machine
+    if secret:  # through standard input: every user sees arguments
         words += ["private-key", "/dev/stdin"]
     if words:
         why = "set " + " and ".join(words[::2]).replace("-key", " key").replace("listen-port", "port %d" % desired.port)
@@ -1419,8 +1413,7 @@ TRY = "try another endpoint of"  # no news: a check-in does not speak of it
 
 
 def plan_peers(actual: Actual, desired: Desired) -> list[Step]:
-    """One `wg` for all removals, one for all new and changed peers, which get only what differs: allowed-ips named again would be
-    empty for a moment."""
+    """One `wg` for all removals, one for all others, with what differs: allowed-ips named again would be empty for a moment."""
     gone = sorted(set(actual.peers) - set(desired.peers))
     changed, moved = [], 0
     for key in sorted(desired.peers):
@@ -1490,7 +1483,7 @@ def show(line: str, dry: bool) -> None:
 class Run:
     """The only place that starts processes: argument lists, never a shell; secrets through standard input.
 
-    `echo` prints each command that changes the machine; `dry` prints and does not run.
+    `echo` prints what changes the machine; `dry` does not run it either.
     """
 
     def __init__(self, dry: bool = False, echo: bool = False) -> None:
@@ -1502,7 +1495,7 @@ class Run:
         """What a program printed, run to its end, 30 s at most; CommandFailed for another status than 0."""
         pipe = subprocess.DEVNULL if detached else subprocess.PIPE  # a daemon would hold the pipes open
         try:
-            done = subprocess.run(  # noqa: S603 - argument lists only, and the one place that does this
+            done = subprocess.run(  # noqa: S603 - argument lists only
                 argv,
                 input=None if detached else stdin,
                 stdin=pipe if detached else None,
@@ -1573,24 +1566,25 @@ class Files:
             return
         self._discard(path)
 
-    def volatile(self, path: str, text: str) -> None:
-        if self.dry:
-            return
+    @contextlib.contextmanager
+    def _folder(self, path: str, verb: str) -> Iterator[None]:
         try:
             os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-            write_volatile(path, text)
+            yield
         except OSError as bad:
-            raise NetclientError(f"cannot write {path} ({bad.strerror}): make room there") from bad
+            raise NetclientError(f"cannot {verb} {path} ({bad.strerror}): make room there") from bad
+
+    def volatile(self, path: str, text: str) -> None:
+        if not self.dry:
+            with self._folder(path, "write"):
+                write_volatile(path, text)
 
     def lock(self, path: str, wait: bool = False) -> int | None:
         """Take a lock file; None when another run has it. A dry run without the folder has nothing to lock."""
         if self.dry and not os.path.isdir(os.path.dirname(path)):
             return os.open(os.devnull, os.O_RDONLY)
-        try:
-            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        with self._folder(path, "lock"):
             return lock(path, wait)
-        except OSError as bad:
-            raise NetclientError(f"cannot lock {path} ({bad.strerror}): make room there") from bad
 
     def keep(self, temporary: str, path: str) -> None:
         """Put a written file in its place so that a power cut leaves the old or the new one."""
@@ -1670,10 +1664,8 @@ class System:
         for backend in (KernelWireGuard(self.run), UserspaceWireGuard(self.run)):
             if backend.is_supported():
                 return backend
-        raise NetclientError(
-            "this machine has no WireGuard in its kernel, and no wireguard-go or boringtun (with /dev/net/tun): "
-            "install kmod-wireguard (OpenWrt), wireguard-go, or a newer kernel"
-        )
+        why = "this machine has no WireGuard in its kernel, and no wireguard-go or boringtun (with /dev/net/tun)"
+        raise NetclientError(why + ": install kmod-wireguard (OpenWrt), wireguard-go, or a newer kernel")
 
     def exists(self, interface: str) -> bool:
         return any(line.split(":")[0].strip() == interface for line in read_text("/proc/net/dev").splitlines())
@@ -1701,9 +1693,8 @@ class System:
 
     def subnets(self, links: Mapping[str, Link]) -> dict[str, str]:
         """Addresses with prefix length and their interface, without loopback, containers, tunnels and overlays."""
-        real = {
-            name: link for name, link in links.items() if link.up and not link.tunnel and not OVERLAY_OR_CONTAINER.match(name)
-        }
+        up = ((name, link) for name, link in links.items() if link.up and not link.tunnel)
+        real = {name: link for name, link in up if not OVERLAY_OR_CONTAINER.match(name)}
         return {text: name for name, link in real.items() for text in link.addresses}
 
     def removal(self, interface: str) -> list[Step]:
@@ -1720,7 +1711,7 @@ class System:
         cards, real = [], []
         for name in sorted(os.listdir("/sys/class/net") if os.path.isdir("/sys/class/net") else ()):
             if not OVERLAY_OR_CONTAINER.match(name):
-                folder = f"/sys/class/net/{name}/"  # assigned 0: for good; wireless cards change theirs at random
+                folder = f"/sys/class/net/{name}/"  # assigned 0: for good
                 lasting = os.path.exists(folder + "device") and read_text(folder + "addr_assign_type").strip() in ("", "0")
                 cards.append(read_text(folder + "address").strip())
                 real += cards[-1:] if lasting else []
@@ -1729,7 +1720,7 @@ class System:
 
     def port_is_free(self, port: int) -> bool:
         """Whether a UDP port can be bound, on IPv4 and, where there is IPv6, on that too."""
-        for family, anywhere in ((_socket.AF_INET, "0.0.0.0"), (_socket.AF_INET6, "::")):  # noqa: S104 - as WireGuard will bind it
+        for family, anywhere in ((_socket.AF_INET, "0.0.0.0"), (_socket.AF_INET6, "::")):  # noqa: S104
             try:
                 sock = _socket.socket(family, _socket.SOCK_DGRAM)
             except OSError:
@@ -1889,8 +1880,8 @@ class Session:
         except (OSError, BadAnswer, ValueError):
             return f"gives no answer that counts: {bad} (a captive portal?)"
         if other != self.secret.pin:
-            trusted = f"({b64(other)}, not {b64(self.secret.pin)})"
-            return f"has another key than the one this agent trusts {trusted}: refused. Was it made new on purpose, join --force"
+            keys = f"({b64(other)}, not {b64(self.secret.pin)})"
+            return f"has another key than this agent trusts {keys}: refused. Was it made new on purpose, join --force"
         return f"gives no answer that counts: {bad}"
 
     def _send(self, server: str, path: str, line: str, body: bytes) -> Reply:
@@ -1918,7 +1909,7 @@ class Session:
             line = self.counters.line(self.secret, node, challenge, body)
             reply = self._send(server, EXCHANGE_PATH, line, body)
             if reply.status == 404 and HEADER.lower() not in reply.headers and "@" not in node:
-                # it does not know us: say who we are, so that it can answer with a signature
+                # it does not know us: say who we are, so that it can sign
                 node = f"{self.secret.node}@{b64(self.secret.agent)}@{self.secret.network}"
                 continue
             answer, data = self._verified(line, reply)
@@ -1991,7 +1982,7 @@ class Context(NamedTuple):
 def watch(memory: Memory, actual: Actual, wall: float, now: float) -> set[str]:
     """The keys of peers whose session lives; the memory notes when bytes came, and since when there is no handshake.
 
-    A handshake younger than 180 s, and, with keepalives (every 20 s), bytes received within the last minute.
+    A handshake younger than 180 s, and, with keepalives, bytes received within the last minute.
     """
     fresh = set()
     for key, live in actual.peers.items():
@@ -1999,7 +1990,7 @@ def watch(memory: Memory, actual: Actual, wall: float, now: float) -> set[str]:
         rx, heard, handshake, born, tx = before if len(before) == 5 else (-1, 0, -1, 0, -1)
         if rx != live.rx:
             heard = int(now)
-        if handshake != live.handshake:  # its age by the clock counts once: later the clock may step
+        if handshake != live.handshake:  # its age counts once: later the clock may step
             born = int(now - max(0.0, wall - live.handshake))
         memory.rx[key] = [live.rx, heard, live.handshake, born, live.tx]
         silent = live.keepalive and now - heard >= max(60, 3 * live.keepalive)
@@ -2008,7 +1999,7 @@ def watch(memory: Memory, actual: Actual, wall: float, now: float) -> set[str]:
             memory.waiting.pop(key, None)
         elif live.keepalive or not live.handshake or (tx >= 0 and tx != live.tx and rx == live.rx):
             memory.waiting.setdefault(key, now)
-        elif rx != live.rx:  # without keepalives a tunnel that nobody uses is silent, and nothing is wrong
+        elif rx != live.rx:  # without keepalives a tunnel that nobody uses is silent
             memory.waiting.pop(key, None)
     for known in (memory.waiting, memory.rx):
         for past in set(known) - set(actual.peers):
@@ -2020,11 +2011,8 @@ def report(memory: Memory, actual: Actual, fresh: set[str], facts: Fields, wishe
     """What an exchange tells the server: only what changed since it last heard."""
     node_of = {record["key"]: node for node, record in memory.view.peers.items()}
     seen = {node_of[key]: actual.peers[key].endpoint for key in fresh if key in node_of and actual.peers[key].endpoint}
-    mute = {
-        node_of[key]: True
-        for key, since in memory.waiting.items()
-        if key in node_of and now - since > 60 and actual.peers[key].tx and actual.peers[key].endpoint
-    }
+    waited = (key for key, since in memory.waiting.items() if key in node_of and now - since > 60)
+    mute = {node_of[key]: True for key in waited if actual.peers[key].tx and actual.peers[key].endpoint}
     told: Row = {
         "facts": {name: value for name, value in facts.items() if memory.facts.get(name) != value},
         "wishes": {name: value for name, value in wishes.items() if memory.wishes.get(name) != value},
@@ -2065,7 +2053,7 @@ def lingering(memory: Memory, before: View, after: View, snapshot: bool, now: fl
         theirs, ours = after.peers.get(node), before.peers.get(node)
         if theirs is None and ours is not None and snapshot:
             after.peers[node] = ours
-        elif theirs is not ours or theirs is None:  # the server knows it again, or named it among those that are gone
+        elif theirs is not ours or theirs is None:  # the server knows it again, or named it as gone
             del memory.kept[node]
     others = [record for node, record in after.peers.items() if node not in memory.kept]
     taken = {record.get(kind) for record in others for kind in ("key", "ip", "ip6")} - {None}
@@ -2094,9 +2082,7 @@ def forget_staged(context: Context, network: str) -> None:
 class Node:
     """One membership on this machine: its files, its conversation, its interface."""
 
-    def __init__(
-        self, context: Context, config: Config, secret: Secret, private: str, spare: tuple[str, str] | None = None
-    ) -> None:
+    def __init__(self, context: Context, config: Config, secret: Secret, private: str, spare: Spare = None) -> None:
         self.context, self.config, self.secret, self.private, self.spare = context, config, secret, private, spare
         self.paths, self.files, self.run = context.paths, context.files, context.run
         self.system = context.system
@@ -2137,9 +2123,8 @@ class Node:
             kind = "wgkey"
             keys = parse_keys(read_text(paths.of(kind, network)))
         except ValueError as bad:
-            raise NetclientError(
-                f"{paths.of(kind, network)} is missing or damaged: join --force with a fresh token, or leave -n {network}"
-            ) from bad
+            cure = f"join --force with a fresh token, or leave -n {network}"
+            raise NetclientError(f"{paths.of(kind, network)} is missing or damaged: {cure}") from bad
         return cls(context, config, secret, *keys)
 
     def _remembered(self) -> Memory:
@@ -2149,7 +2134,7 @@ class Node:
             memory = Memory()
         with contextlib.suppress(*MALFORMED):
             memory.view = View(json.loads(read_text(self.file("peers"))))
-        # what the user wished was told when it was written down; an administrator's later word counts
+        # what the user wished was told when it was written down
         memory.wishes = dict(self.config.wishes)
         self.counters.word, self.counters.incarnation = "-", memory.view.incarnation
         return memory
@@ -2176,7 +2161,7 @@ class Node:
         self.files.write(path, json.dumps(memory.view.values(), separators=(",", ":")) + "\n")
         memory.flashed = now
 
-    def keep_keys(self, private: str, spare: tuple[str, str] | None) -> None:
+    def keep_keys(self, private: str, spare: Spare) -> None:
         """To flash: the key in force, and the next one with its public half, until that is in force."""
         text = private + "\n" + (" ".join(spare) + "\n" if spare else "")
         self.files.write(self.file("wgkey"), text)
@@ -2205,8 +2190,9 @@ class Node:
     def turn(self, node: str) -> None:
         """Have a node's traffic go by its other key."""
         memory = self.memory
-        old, record = memory.view.peers[node]["key"], turned(memory.view.peers[node])
-        memory.view.peers[node], new = record, record["key"]
+        record = memory.view.peers[node]
+        old, new = record["key"], record["spare"]
+        memory.view.peers[node] = {**record, "key": new, "spare": old, "moved": not record.get("moved")}
         memory.passed = {old: self._handshake(old), **{key: at for key, at in memory.passed.items() if key in self._live.peers}}
         memory.waiting.pop(new, None)
         memory.deaf[new] = memory.deaf.get(old, 0)
@@ -2215,7 +2201,7 @@ class Node:
     def switch(self, patience: float) -> None:
         """Change keys at the announced instants, waiting for those that are at most `patience` seconds away.
 
-        A node that does not come with its new key has missed it: others go back to the old one until it does.
+        From a node that does not come with its new key others go back to the old one, until it does.
         """
         memory = self.memory
         for node, at in sorted(memory.switch.items(), key=lambda pair: pair[1]):
@@ -2473,9 +2459,8 @@ class Node:
             for network in map(ipaddress.ip_network, sorted(filter(None, ranges))):
                 if own.version == network.version and own.overlaps(network):
                     raise NetclientError(
-                        f"the network's range {network} overlaps {own} of {interface} on this machine: nothing was changed; "
-                        f"the administrator can move it (netmaker-lite network set {self.config.network} addressrange=…); "
-                        "a join needs a fresh token then"
+                        f"the network's range {network} overlaps {own} of {interface} here: nothing was changed; the admin can "
+                        f"move it (netmaker-lite network set {self.config.network} addressrange=…); a join needs a new token then"
                     )
 
     def _roll_back(self) -> None:
@@ -2506,7 +2491,7 @@ class Node:
         """Write down when the next full check is due (after a failure at once), and what the machine looks like."""
         now, memory = time.monotonic(), self.memory
         hurry = any(now - since < HOPELESS for key, since in memory.waiting.items() if self._tried(key))
-        unsettled = hurry or now < memory.unsettled or memory.trial is not None or bool(memory.switch)  # approval: a word
+        unsettled = hurry or now < memory.unsettled or memory.trial is not None or bool(memory.switch)
         self.counters.due = now + CHECK_EVERY if done and not unsettled else 0
         self.counters.interface = self.config.interface
         self.counters.local = self.session.own or "-"
@@ -2617,9 +2602,9 @@ def parse_stored(text: str) -> str:
 
 
 def end_membership(node: Node, tell: str) -> bool:
-    """Take a membership down and forget it, and tell the server: `leave`, or `confirm` that it had removed us. Whether it heard.
+    """Take a membership down and forget it, and tell the server: `leave`, or `confirm` its removal. Whether it heard.
 
-    It works with the server gone; a server that was not heard repeats "removed" to whoever asks until the confirmation arrives.
+    It works with the server gone.
     """
     heard = False
     node.run.apply(node.system.removal(node.config.interface))
@@ -2639,7 +2624,7 @@ def end_membership(node: Node, tell: str) -> bool:
 # --------------------
 
 LAUNCHER = """#!/bin/sh
-# Made by netclient-lite {version}; units and cron lines call this. Bytecode where it fits the interpreter, else the source.
+# Made by netclient-lite {version} for units and cron lines. Bytecode where it fits the interpreter, else the source.
 py={python} code={bytecode}
 [ -x "$py" ] && [ -f "$code" ] && exec "$py" -I -S "$code" "$@"
 exec {fallback} "$@"
@@ -2672,7 +2657,7 @@ WantedBy=timers.target
 
 
 class Systemd:
-    """systemd: a service and its timer, or the resident daemon. Named as the original's."""
+    """systemd: a service and its timer, or the resident daemon."""
 
     name = "systemd"
     folder = "/etc/systemd/system"
@@ -2720,7 +2705,7 @@ def settle_in(context: Context) -> str:
         context.files.write(source, read_text(here), 0o755)
         fallback = "python3 " + source
         if not context.run.dry:
-            # no docstrings, no columns: CPython reads a .pyc of more than 256 KiB byte by byte, an eighth of its whole start
+            # no docstrings, no columns: CPython reads a .pyc of more than 256 KiB byte by byte
             code = f"import py_compile as c;c.compile({source!r},{bytecode + '.tmp'!r},doraise=True,optimize=2)"
             context.run(sys.executable, "-ISX", "no_debug_ranges", "-c", code)
             context.files.keep(bytecode + ".tmp", bytecode)
@@ -2859,16 +2844,14 @@ def trusted_pin(context: Context, token: Token, options: Options) -> bytes:
     line = " ".join(word for word in sys.argv[1:] if word != "join")
     for secret in filter(None, (options.key, options.token, options.privatekey)):
         line = line.replace(secret, "…")  # also in --key=SECRET
-    raise NetclientError(
-        f"nobody is there to confirm the server's key. If {b64(pin)} is what `netmaker-lite serve` printed, run: "
-        f"netclient-lite join {line} --server-key={b64(pin)}"
-    )
+    fit = f"If {b64(pin)} is what `netmaker-lite serve` printed, run: netclient-lite join {line} --server-key={b64(pin)}"
+    raise NetclientError("nobody is there to confirm the server's key. " + fit)
 
 
 def prepare(context: Context, token: Token, options: Options) -> Node:
     """Check all that a join needs; then write the membership's files, beside those of one that may be there.
 
-    A join that was interrupted goes on with the keys that it had, so that it is the same join to the server.
+    A join that was interrupted goes on with the keys that it had: to the server it is the same.
     """
     network, paths, files = token.network, context.paths, context.files
     interface = check_interface(options.interface or "nm-" + network)
@@ -2881,7 +2864,7 @@ def prepare(context: Context, token: Token, options: Options) -> Node:
     private = options.privatekey or read_text(paths.of("wgkey", network)).strip() or new_private()
     try:
         check_key(private)
-    except Invalid as bad:  # without the key itself, which the sentence of check_key holds
+    except Invalid as bad:  # without the key itself
         raise UsageError("--privatekey is no WireGuard key: 44 characters of base64 that end in '='") from bad
     if options.publickey and options.publickey != derived_public(private):
         raise UsageError("--publickey does not belong to --privatekey")
@@ -2957,11 +2940,11 @@ def tell_plan(node: Node) -> ExitStatus:
 def join(context: Context, node: Node) -> ExitStatus:
     """Tell the server; then replace what was there, bring the interface up and install the service.
 
-    What the server refuses, or the machine cannot do, is undone; what was there before stays until the server has accepted.
+    What fails is undone; what was there before stays until the server has accepted.
     """
     network, joined = node.config.network, context.paths.networks()
     try:
-        # where a membership is replaced, its name and addresses are free only after it has ended
+        # its name and addresses are free only after the old membership has ended
         old = View(_loaded(read_text(context.paths.of("peers", network)))).me if network in joined else {}
         taken = [(wish, old.get(kind)) for wish, kind in (("name", "name"), ("address", "ip"), ("address6", "ip6"))]
         enrol(node, {wish: value for wish, value in node.config.wishes.items() if (wish, value) not in taken})
@@ -3008,7 +2991,7 @@ def update(node: Node, options: Options) -> ExitStatus:
         setattr(config, name, value)
     if options.port is not None and options.port != config.port:
         config.port, config.fixed = _join_port(node.context, options, config.port), True
-    node.check_in()  # what the server refuses is not kept: it would be refused again at every check-in
+    node.check_in()  # what the server refuses is not kept
     node.files.write(node.file("netconfig"), config.text())
     forget_staged(node.context, config.network)
     if not node.run.dry:
@@ -3055,7 +3038,7 @@ def cmd_checkin(context: Context, options: Options) -> ExitStatus:
     afresh, retell = bool(options.force) or options.verb == "pull", options.verb == "push"
     outcome = ExitStatus.OK
     names = [name for name in chosen_networks(context, options) if name not in QUICKLY_DONE]
-    for patience in (0.0, LONGEST)[len(names) < 2 :]:  # what is awaited in one network must not hold others up
+    for patience in (0.0, LONGEST)[len(names) < 2 :]:  # no network holds others up
         waiting = []
         for network in names:
             try:
@@ -3142,10 +3125,8 @@ def cmd_status(context: Context, options: Options) -> ExitStatus:
     for entry in listed:
         last = entry["last_exchange"]
         entry["contact"] = "last contact %d s ago" % (time.time() - last) if last else "no contact yet"
-        up = "" if entry["connected"] else " (down)"
-        entry["up"] = up + {"pending": ", waiting for approval", "disabled": ", disabled by the administrator"}.get(
-            entry["state"], ""
-        )
+        state = {"pending": ", waiting for approval", "disabled": ", disabled by the administrator"}.get(entry["state"], "")
+        entry["up"] = ("" if entry["connected"] else " (down)") + state
         entry["where"] = " ".join(filter(None, (entry["address"], entry["address6"]))) or "(no address yet)"
         print("{network}: {node}, {where} on {interface}{up}; {server}, {contact}, revision {revision}".format(**entry))
         rows = []
@@ -3257,18 +3238,8 @@ COMMANDS = (
     Command("join", cmd_join, "become a node, or update the settings", (*JOIN_FLAGS, "accept-key", "force", "dry-run")),
     Command("leave", cmd_leave, "leave networks (-n NET or all), also with the server gone", ("network", "dry-run")),
     Command("checkin", cmd_checkin, "check in once: ask, apply what is new, repair the rest", ("network", "force", "dry-run")),
-    Command(
-        "pull",
-        cmd_checkin,
-        "fetch the whole state anew and apply it",
-        ("network", "dry-run"),
-    ),
-    Command(
-        "push",
-        cmd_checkin,
-        "tell the server all about this machine again",
-        ("network", "dry-run"),
-    ),
+    Command("pull", cmd_checkin, "fetch the whole state anew and apply it", ("network", "dry-run")),
+    Command("push", cmd_checkin, "tell the server all about this machine again", ("network", "dry-run")),
     Command("list", cmd_list, "the networks of this machine and their nodes, as JSON", ("network", "json")),
     Command("status", cmd_status, "peers: path, endpoint, age of the handshake, traffic", ("network", "json")),
     Command("daemon", cmd_daemon, "stay, and apply changes within a second"),

@@ -2196,8 +2196,6 @@ def sweep(core: Core) -> None:
 
 # ---- key refresh
 
-BUSY = "state = 'active' AND refresh IN ('asked', 'listed', 'switching')"
-
 
 def refresh_keys(core: Core, network: str) -> Row:
     """Put all nodes of a network whose agent makes its key in the queue for a new one."""
@@ -2229,21 +2227,13 @@ def _queue(core: Core, network: str, which: str, *bound: str) -> None:
 
 def start_refresh(core: Core, network: str) -> None:
     """The turn of the first in the queue, unless another node's refresh is not over. Who was seen lately comes first."""
-    nobody = composed("NOT EXISTS (SELECT 1 FROM node WHERE network = ? AND %s)", BUSY)
-    sql = "SELECT id, next_key FROM node WHERE network = ? AND state = 'active' AND refresh = 'queued' AND "
-
-    def build() -> Batch | None:
-        order = " ORDER BY last_seen < ?, refresh_at, name LIMIT 1"
-        found = core.store.row(sql + nobody + order, (network, network, core.now - 120))
-        if found is None:
-            return None
-        batch = NetworkBatch(network, core.now)
-        batch.when(nobody, network)
-        new = {"refresh": LISTED if found[1] else ASKED, "refresh_at": core.now, "own_changed": batch.counter}
-        batch.update("node", new, "id = ? AND state = 'active' AND refresh = 'queued'", found[0], must=True)
-        return batch
-
-    core.store.change(build)
+    sql = """network = ? AND state = 'active' AND refresh = 'queued' AND NOT EXISTS (SELECT 1 FROM node
+        WHERE network = ? AND state = 'active' AND refresh IN ('asked', 'listed', 'switching'))
+        ORDER BY last_seen < ?, refresh_at, name LIMIT 1"""
+    found = core.store.row(NODE_SELECT + sql, (network, network, core.now - 120))
+    if found is not None:
+        node = NodeState._make(found)
+        step_refresh(core, node, LISTED if node.next_key else ASKED, core.now)
 
 
 def step_refresh(core: Core, node: NodeState, state: str, at: int) -> None:

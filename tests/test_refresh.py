@@ -19,7 +19,7 @@ from serverkit import Client, Clock, Server, clients, make_core, settle, wiregua
 import netmaker_lite as server
 
 UNFIT = unfit("wg")
-MARKS = (pytest.mark.lab, pytest.mark.skipif(bool(UNFIT), reason=UNFIT), pytest.mark.timeout(300))
+MARKS = (pytest.mark.lab, pytest.mark.skipif(bool(UNFIT), reason=UNFIT), pytest.mark.timeout(600))
 INTERVAL = 4  # seconds between two check-ins in these stories
 DATA = "/var/lib/netmaker-lite"
 MEMORY = "/var/run/netclient/demo.memory"
