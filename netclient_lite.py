@@ -2179,7 +2179,7 @@ class Node:
         seen = split_endpoint(own["seen"])[0] if own.get("seen") else ""
         self.place = Place(seen, tuple(self.homes), self.system.lan_hash(), me.get("local", False), me.get("punch", True))
         for node, record in list(self.memory.view.peers.items()):
-            spare = record.get("spare")  # whoever missed the instant moves at the first handshake
+            spare = record.get("spare")  # who missed the instant moves at the first handshake
             if spare and self._handshake(spare) > max(self._handshake(record["key"]), self.memory.passed.get(spare, 0)):
                 self.turn(node)
         return self._live
@@ -2193,7 +2193,7 @@ class Node:
         record = memory.view.peers[node]
         old, new = record["key"], record["spare"]
         memory.view.peers[node] = {**record, "key": new, "spare": old, "moved": not record.get("moved")}
-        memory.passed = {old: self._handshake(old), **{key: at for key, at in memory.passed.items() if key in self._live.peers}}
+        memory.passed[old] = self._handshake(old)
         memory.waiting.pop(new, None)
         memory.deaf[new] = memory.deaf.get(old, 0)
         memory.unsettled = time.monotonic() + UNSETTLED
@@ -2212,9 +2212,10 @@ class Node:
                 return
             del memory.switch[node]
             record = memory.view.peers.get(node, {})
-            if left > LONGEST or not (self.spare if own else "spare" in record and not record.get("moved")):
+            over = record.get("moved", "spare" not in record) or record["key"] in memory.passed
+            if left > LONGEST or (not self.spare if own else over):
                 continue
-            time.sleep(max(0.0, left - 1))  # what takes time is done before
+            time.sleep(max(0.0, left - 1))  # what takes time first
             self.read()
             if own and self.spare:
                 self.keep_keys(self.spare[0], None)
@@ -2411,6 +2412,7 @@ class Node:
         lingering(memory, before, after, "from" not in data, time.monotonic())
         keeping_keys(before, after, self._live.peers)
         memory.switch = parse_switch(data.get("in"), self.heard)
+        memory.passed = memory.passed if memory.switch else {}
         if before.incarnation not in ("-", after.incarnation):  # a restored server knows older ones
             memory.facts, memory.seen, memory.mute = {}, {}, {}
         refused = memory.rejected.get("word") == after.word

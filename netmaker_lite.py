@@ -1535,6 +1535,7 @@ class Members:
                 parts.append(b'"me":' + dump(own_settings(row, mesh.state)))
             rows = [mesh.members[node].row for node in list(mesh.refreshing)]
             left = {each.id: round(each.refresh_at - self.clock(), 2) for each in rows if each.refresh == SWITCHING}
+            left = {node: seconds for node, seconds in left.items() if seconds > -60}  # not of a restored database
             if left:
                 parts.append(b'"in":' + dump(left))
             return b"{" + b",".join(parts) + b"}"

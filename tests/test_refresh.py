@@ -12,10 +12,14 @@ from pathlib import Path
 from typing import Callable, Iterator
 
 import pytest
+from agentkit import Clock as AgentClock
+from agentkit import Standing, node_of, record, view_of
+from kernel import key_like
 from lab import CODE, Lab, Loss, unfit, wait_for
 from mesh import Cron, Member, Mesh
 from serverkit import Client, Clock, Server, clients, make_core, settle, wireguard_key
 
+import netclient_lite as agent
 import netmaker_lite as server
 
 UNFIT = unfit("wg")
@@ -423,3 +427,138 @@ def test_a_database_of_the_first_schema_is_brought_along(tmp_path: Path) -> None
     core = make_core(str(tmp_path))
     assert server.refresh_keys(core, "default")["id"] == "default"
     core.store.close()
+
+
+# ---- the agent's part, on the model of an interface
+
+OLD, NEW = key_like("b"), key_like("b next")
+
+
+class Follower:
+    """A node that knows that the key of its peer b is being refreshed, and has a session with the old one."""
+
+    def __init__(self, root: Path, clock: AgentClock) -> None:
+        self.clock = clock
+        b = record("b", ip="10.20.30.5", spare=NEW, seen="203.0.113.7:51821")
+        self.standing = Standing(root, view_of(b))
+        self.node, self.peers = self.standing.node, self.standing.kernel.peers
+        self.standing.settle()
+        self.shake(OLD)
+
+    def shake(self, key: str, ago: float = 0) -> None:
+        """A handshake, from where the peer is."""
+        live = self.peers[key]
+        self.peers[key] = live._replace(handshake=int(self.clock.wall - ago), rx=live.rx + 1, endpoint="203.0.113.7:40007")
+
+    def owner(self) -> str:
+        return next(key for key, peer in self.peers.items() if peer.allowed)
+
+
+@pytest.fixture
+def follower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Follower:
+    clock = AgentClock()
+    monkeypatch.setattr(agent, "time", clock)
+    return Follower(tmp_path, clock)
+
+
+def test_a_next_key_is_a_bare_peer(follower: Follower) -> None:
+    assert follower.peers[NEW][1:4] == ("", frozenset(), 0)
+    assert follower.owner() == OLD
+
+
+def test_at_the_instant_all_moves_with_one_command(follower: Follower) -> None:
+    node, kernel = follower.node, follower.standing.kernel
+    node.memory.switch = {node_of("b"): follower.clock.now + 12}
+    node.switch(5)
+    assert follower.owner() == OLD  # too far away for this run
+    begin, sleep = follower.clock.now, follower.clock.sleep
+
+    def asleep(seconds: float) -> None:
+        sleep(seconds)
+        if follower.clock.now >= begin + 12.3:
+            follower.shake(NEW)
+
+    follower.clock.sleep = asleep  # type: ignore[method-assign]
+    before = len(kernel.ran)
+    node.switch(900)
+    assert follower.owner() == NEW
+    assert len(kernel.ran) == before + 1
+    assert follower.peers[NEW].endpoint == "203.0.113.7:40007" and follower.peers[NEW].keepalive == 20
+    assert follower.peers[OLD].keepalive == 0 and not follower.peers[OLD].allowed
+    assert not node.memory.switch
+
+
+def test_a_node_that_does_not_come_with_its_new_key_keeps_the_old_one(follower: Follower) -> None:
+    node = follower.node
+    for _ in range(2):  # told again meanwhile
+        node.memory.switch = {node_of("b"): follower.clock.now}
+        node.switch(900)
+        assert follower.owner() == OLD
+    assert follower.clock.now < 10_000 + 2 * agent.SWITCH_WITHIN  # tried once
+    follower.clock.sleep(20)
+    follower.shake(NEW)
+    follower.standing.settle()
+    follower.standing.settle()
+    assert follower.owner() == NEW
+
+
+def test_whoever_missed_the_instant_moves_at_the_first_handshake(follower: Follower) -> None:
+    follower.clock.sleep(30)
+    follower.shake(NEW)
+    follower.standing.settle()
+    assert follower.owner() == NEW
+    follower.clock.sleep(30)
+    follower.shake(OLD)  # it came back with the old one
+    follower.standing.settle()
+    assert follower.owner() == OLD
+
+
+def test_both_keys_are_tried_while_neither_answers(follower: Follower) -> None:
+    for _ in range(12):
+        follower.clock.sleep(20)
+        follower.standing.settle()
+    assert [peer.keepalive for peer in follower.peers.values()] == [20, 20]
+    assert follower.peers[NEW].endpoint
+
+
+def test_a_new_private_key_kicks_every_peer(follower: Follower) -> None:
+    node, kernel = follower.node, follower.standing.kernel
+    node.spare = (key_like("our next"), key_like("its public half"))
+    node.memory.switch = {node.secret.node: follower.clock.now + 5}
+    before = len(kernel.ran)
+    node.switch(900)
+    set_key, kick = kernel.ran[before:]
+    assert set_key[3:5] == ("private-key", "/dev/stdin") and set_key.count("persistent-keepalive") == 2
+    assert kick.count("persistent-keepalive") == 2
+    assert kernel.private == key_like("our next") and node.spare is None
+    assert follower.clock.now >= 10_000 + 5 + agent.SWITCH_AFTER
+    assert agent.parse_keys(Path(node.file("wgkey")).read_text()) == (key_like("our next"), None)
+    assert node.facts()["key"] == kernel.actual().public
+
+
+def test_a_key_file_holds_one_key_or_three_words() -> None:
+    assert agent.parse_keys(OLD + "\n") == (OLD, None)
+    assert agent.parse_keys(f"{OLD}\n{NEW} {OLD}\n") == (OLD, (NEW, OLD))
+    for damaged in ("", f"{OLD}\n{NEW}\n", f"{OLD}\nx y\n"):
+        with pytest.raises(ValueError):
+            agent.parse_keys(damaged)
+
+
+def test_seconds_to_go_are_bounded_whatever_is_told() -> None:
+    told = {"a": 5, "b": -3.5, "c": 1e9, "d": "x", "e": float("nan")}
+    assert agent.parse_switch(told, 100.0) == {"a": 105.0, "b": 100.0, "c": 1000.0, "e": 100.0}
+    assert agent.parse_switch([1], 100.0) == {}
+
+
+def test_a_change_awaited_in_one_network_holds_no_other_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def check_in(context: object, network: str, afresh: bool, retell: bool, patience: float) -> bool:
+        calls.append((network, patience))
+        return network != "b" and not patience
+
+    monkeypatch.setattr(agent, "check_in", check_in)
+    monkeypatch.setattr(agent, "need_root", lambda verb: None)
+    monkeypatch.setattr(agent, "chosen_networks", lambda context, options: ["a", "b", "c"])
+    agent.cmd_checkin(None, agent.Options(verb="checkin", force=False))  # type: ignore[arg-type]
+    assert calls == [("a", 0), ("b", 0), ("c", 0), ("a", agent.LONGEST), ("c", agent.LONGEST)]
