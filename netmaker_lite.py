@@ -1148,8 +1148,8 @@ RECORD_COLUMNS = frozenset(
 OWN_COLUMNS = frozenset(("name", "ip", "ip6", "port", "keepalive", "mtu", "dns", "forwarding", "punch", "is_local", "refresh"))
 
 
-# How far the refresh of a node's key is (SPEC, §8), one node of a network at a time: it waits for its turn; has to make a key;
-# all shall list that; all change at the time that was told. Silent: it did not do its part in time, and others go first.
+# How far the refresh of a node's key is (SPEC, §8): it waits for its turn; has to make a key; all shall list that; all change at
+# the time told. Silent: it did not do its part in time, and others go first.
 QUEUED, ASKED, LISTED, SWITCHING, SILENT = "queued", "asked", "listed", "switching", "silent"
 PATIENCE = 600  # seconds for making a key, and for listing it
 TRY_AGAIN = 3600  # seconds until a silent node that is back gets its turn again
@@ -1422,8 +1422,9 @@ class Members:
         """A network by its id, brought up to date."""
         if network not in self.meshes:
             self._load(network)
-        mesh = self.meshes.get(network)
-        return self.meshes.get(network) if mesh is not None and self.prove(mesh) else None
+        if network in self.meshes:
+            self.prove(self.meshes[network])
+        return self.meshes.get(network)
 
     def reload(self, node: str) -> Member | None:
         """After a change of this process that moved no word: the node's row as it is now."""
@@ -1533,9 +1534,9 @@ class Members:
                 parts += [b'"from":' + dump(have), mesh.shared(since)]
             if max(row.own_changed, mesh.state.settings) > since:
                 parts.append(b'"me":' + dump(own_settings(row, mesh.state)))
-            rows = [mesh.members[node].row for node in list(mesh.refreshing)]
-            left = {each.id: round(each.refresh_at - self.clock(), 2) for each in rows if each.refresh == SWITCHING}
-            left = {node: seconds for node, seconds in left.items() if seconds > -60}  # not of a restored database
+            rows = [mesh.members[node].row for node in list(mesh.refreshing) if node in mesh.members]
+            times = {each.id: each.refresh_at - self.clock() for each in rows if each.refresh == SWITCHING}
+            left = {node: round(seconds, 2) for node, seconds in times.items() if seconds > -60}  # not of a restored database
             if left:
                 parts.append(b'"in":' + dump(left))
             return b"{" + b",".join(parts) + b"}"
@@ -2227,7 +2228,7 @@ def _queue(core: Core, network: str, which: str, *bound: str) -> None:
 
 
 def start_refresh(core: Core, network: str) -> None:
-    """The turn of the first in the queue, unless another node's refresh is not over. Who was seen lately comes first."""
+    """Give the first in the queue its turn, unless it is another's. Who was seen lately comes first."""
     sql = """network = ? AND state = 'active' AND refresh = 'queued' AND NOT EXISTS (SELECT 1 FROM node
         WHERE network = ? AND state = 'active' AND refresh IN ('asked', 'listed', 'switching'))
         ORDER BY last_seen < ?, refresh_at, name LIMIT 1"""
@@ -3142,7 +3143,7 @@ class Agents:
     # ---- key refresh
 
     def _confirmed(self, member: Member, have: str, told: Exchange | None) -> None:
-        """Note which revision a node has applied: a key refresh may have waited for that, or for the keys that it tells."""
+        """Note which revision a node has applied: a key refresh may have waited for that, or for its keys."""
         mesh = member.mesh
         counter = mesh.state.counter if have == mesh.word else member.have
         news = counter > member.have and mesh.refreshing
@@ -3179,7 +3180,7 @@ class Agents:
 
     def look(self, capability: str, have: str, source: str, wait: float) -> Reply:
         """The present word, or "!" for "come with an exchange"; held until it is not `have`."""
-        said = self._look(capability, source, wait)
+        said = self._look(capability, source, min(wait, MAX_WAIT))
         if said != have or said == "!" or wait <= 0:  # a stranger waits for nothing
             return Reply(200, said.encode())
         if not self.bell.enter():
