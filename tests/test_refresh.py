@@ -185,7 +185,8 @@ def test_a_node_that_loses_its_power_at_the_instant_gets_its_new_key_later(refre
     hub, left, right = refresh.all
     with Cron([hub, right], INTERVAL):
         refresh.order("left")
-        wait_for(lambda: left.checkin() and refresh.states()["left"] == "switching", 30, "the announcement")
+        wait_for(lambda: left.checkin() and refresh.states()["left"] == "listed", 30, "its new key to be told")
+        refresh.reach("left", "switching", timeout=15)
         left.host.reboot()
         with hub.host.pinging(refresh.addresses[right]) as ping:
             time.sleep(INTERVAL + 12)
