@@ -753,6 +753,10 @@ class Node(peewee.Model):
     mac = _text()
     postup = _text()
     postdown = _text()
+    next_key = _text()  # what it will have after a refresh of its key
+    keyed = peewee.BooleanField(default=False)  # its user gave it its key
+    refresh = _text()  # how far that is, and since when (switching: at what time it is to happen)
+    refresh_at = _number()
 
 
 class Lease(peewee.Model):
@@ -925,9 +929,10 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
         "ALTER TABLE network ADD COLUMN names BIGINT NOT NULL DEFAULT 0",
         *(
             "ALTER TABLE node ADD COLUMN %s TEXT NOT NULL DEFAULT ''" % name
-            for name in ("egress", "via", "deny", "mac", "postup", "postdown")
+            for name in ("egress", "via", "deny", "mac", "postup", "postdown", "next_key", "refresh")
         ),
-        *("ALTER TABLE node ADD COLUMN %s BOOLEAN NOT NULL DEFAULT 0" % name for name in ("ingress", "relay")),
+        *("ALTER TABLE node ADD COLUMN %s BOOLEAN NOT NULL DEFAULT 0" % name for name in ("ingress", "relay", "keyed")),
+        "ALTER TABLE node ADD COLUMN refresh_at BIGINT NOT NULL DEFAULT 0",
     ),
 }
 
@@ -1322,6 +1327,9 @@ class NodeState(NamedTuple):
     relay: bool = False
     via: str = ""
     deny: str = ""
+    next_key: str = ""
+    refresh: str = ""
+    refresh_at: int = 0
 
 
 class ClientState(NamedTuple):
@@ -1336,12 +1344,20 @@ class ClientState(NamedTuple):
 
 # A change of these columns must be heard by the others, or by the node itself.
 RECORD_COLUMNS = frozenset((
-    "name", "key", "ip", "ip6", "ips", "static", "port", "public", "at", "local", "lan", "punch", "egress", "ingress", "via",
+    "name", "key", "next_key", "ip", "ip6", "ips", "static", "port", "public", "at", "local", "lan", "punch", "egress",
+    "ingress", "via",
 ))  # fmt: skip
 OWN_COLUMNS = frozenset((
     "name", "ip", "ip6", "port", "keepalive", "mtu", "dns", "forwarding", "punch", "is_local", "egress", "ingress", "relay",
-    "deny",
+    "deny", "refresh",
 ))  # fmt: skip
+
+
+# How far the refresh of a node's key is (SPEC, §8): it waits for its turn; has to make a key; all shall list that; all change at
+# the time told. Silent: it did not do its part in time, and others go first.
+QUEUED, ASKED, LISTED, SWITCHING, SILENT = "queued", "asked", "listed", "switching", "silent"
+PATIENCE = 600  # seconds for making a key, and for listing it
+TRY_AGAIN = 3600  # seconds until a silent node that is back gets its turn again
 
 
 def dump(value: Any) -> bytes:
@@ -1377,6 +1393,7 @@ def record(node: NodeState, network: NetworkState, clients: Iterable[ClientState
         "id": node.id,
         "name": node.name,
         "key": node.key,
+        "next": node.next_key,
         "ip": node.ip,
         "ip6": node.ip6,
         "ips": [
@@ -1413,6 +1430,7 @@ def own_settings(node: NodeState, network: NetworkState, clients: Iterable[Clien
         "forwarding": (bool(node.forwarding), True),
         "punch": (bool(network.punch and node.punch), True),
         "local": (bool(network.is_local or node.is_local), False),
+        "refresh": (node.refresh not in ("", QUEUED), False),
     }
     fields.update({name: value for name, (value, usual) in unusual.items() if value != usual})
     roles = {
@@ -1463,6 +1481,19 @@ def observed_endpoint(node: NodeState, reports: Iterable[Report], overlays: Sequ
         return ""
     best = recorded if recorded in found else min(found)
     return "" if best == seen else best
+
+
+def next_refresh(node: NodeState, now: float, lead: int, here: bool, heard: bool, free: bool) -> tuple[str, int] | None:
+    """The next state of a node's key refresh, and the time that goes with it; None for no change.
+
+    lead: seconds in which every node that is here comes by; heard: all of them know the new key; free: no other one switches.
+    """
+    age = abs(now - node.refresh_at)  # also of a clock that went back
+    if node.refresh == LISTED and here and free and (heard or age > PATIENCE):
+        return SWITCHING, int(now) + lead + 1
+    if node.refresh == SILENT:
+        return (QUEUED, int(now)) if here and age > TRY_AGAIN else None
+    return (SILENT, int(now)) if age > (2 * lead + 30 if node.refresh == SWITCHING else PATIENCE) else None
 
 
 def free_port(wanted: int, taken: Iterable[int]) -> int:
@@ -1560,8 +1591,8 @@ class Member:
     """One node in memory: its row, its keys, its record, and what is only written behind."""
 
     __slots__ = (
-        "answer_key", "box", "clients", "dirty", "epoch", "last_mac", "last_time", "mesh", "record", "request_key",
-        "row", "seen", "sequence",
+        "answer_key", "box", "clients", "dirty", "epoch", "have", "last_mac", "last_time", "mesh", "parked", "record",
+        "request_key", "row", "seen", "sequence",
     )  # fmt: skip
 
     def __init__(self, mesh: Any, row: NodeState) -> None:
@@ -1570,6 +1601,7 @@ class Member:
         self.epoch, self.sequence = row.epoch, UNKNOWN
         self.last_mac, self.last_time = "", 0.0
         self.seen, self.dirty = row.last_seen, False
+        self.have, self.parked = -1, 0.0  # the newest counter that it has applied; until when its look waits
         self.request_key = self.answer_key = self.record = b""
         self.box: Any = None
 
@@ -1591,6 +1623,7 @@ class Mesh:
         self.members: dict[str, Member] = {}
         self.log: list[tuple[int, str]] = []  # (counter, node) in order, for deltas
         self.gone: dict[str, int] = {}
+        self.refreshing: set[str] = set()  # nodes that are at the refresh of their key
         self.tags: dict[int, str] = {}  # of words that this network has had
         self.blobs: dict[int, bytes] = {}  # since which counter → what all nodes share of the answer
         self.names = b""
@@ -1655,8 +1688,9 @@ NAMES = (
 class Members:
     """All networks in memory, by network, node and look capability."""
 
-    def __init__(self, store: Store, nameserver: str = "") -> None:
-        self.store, self.own = store, {"nameserver": nameserver} if nameserver else {}
+    def __init__(self, store: Store, nameserver: str = "", clock: Callable[[], float] = time.time) -> None:
+        self.store, self.clock = store, clock
+        self.own = {"nameserver": nameserver} if nameserver else {}
         self.meshes: dict[str, Mesh] = {}
         self.nodes: dict[str, Member] = {}
         self.looks: dict[str, Member] = {}
@@ -1691,6 +1725,8 @@ class Members:
         else:
             member.renew(row)
         member.clients = self._clients(row.id) if row.ingress else []
+        at_it = row.refresh not in ("", QUEUED) and row.state == ACTIVE
+        (mesh.refreshing.add if at_it else mesh.refreshing.discard)(row.id)
         return member
 
     def _clients(self, gateway: str) -> list[ClientState]:
@@ -1702,6 +1738,14 @@ class Members:
         rows = self.store.rows(NAMES.replace("ORDER", "AND kind != 'node' ORDER"), (network,))
         return dump({name: [ip for ip in places if ip] for _, name, *places, _ in rows})
 
+    def mesh(self, network: str) -> Mesh | None:
+        """A network by its id, brought up to date."""
+        if network not in self.meshes:
+            self._load(network)
+        if network in self.meshes:
+            self.prove(self.meshes[network])
+        return self.meshes.get(network)
+
     def reload(self, node: str) -> Member | None:
         """After a change of this process that moved no word: the node's row as it is now."""
         return self._find("id = ?", node)
@@ -1712,6 +1756,7 @@ class Members:
             if member is not None:
                 self.looks.pop(member.row.look, None)
                 member.mesh.members.pop(node, None)
+                member.mesh.refreshing.discard(node)
 
     def prove(self, mesh: Mesh) -> bool:
         """Bring a network up to date; False when it is no more. One row read when nothing changed."""
@@ -1814,6 +1859,11 @@ class Members:
                 parts.append(b'"names":' + mesh.names)
             if max(row.own_changed, mesh.state.settings) > since:
                 parts.append(b'"me":' + dump({**own_settings(row, mesh.state, member.clients), **self.own}))
+            rows = [mesh.members[node].row for node in list(mesh.refreshing) if node in mesh.members]
+            times = {each.id: each.refresh_at - self.clock() for each in rows if each.refresh == SWITCHING}
+            left = {node: round(seconds, 2) for node, seconds in times.items() if seconds > -60}  # not of a restored database
+            if left:
+                parts.append(b'"in":' + dump(left))
             return b"{" + b",".join(parts) + b"}"
 
     def dirty(self) -> list[tuple[int, int, int, int, str]]:
@@ -2305,9 +2355,11 @@ def _settle(core: Core, batch: NetworkBatch, network: Row, node: Row) -> Row:
 
 
 def _check_key_free(core: Core, node: Row) -> None:
-    sql = "SELECT '%s ' || name FROM %s WHERE network = ? AND key = ? AND id != ?"
-    sql = composed(sql + " AND state != 'removed' UNION ALL " + sql, "node", "node", "client", "client")
-    other = core.store.row(sql, (node["network"], node["key"], node["id"]) * 2)
+    sql = "SELECT '%s ' || name FROM %s WHERE network = ? AND key IN (?, ?) AND id != ?"
+    sql = composed(sql + " AND state != 'removed' UNION ALL " + sql + " UNION ALL ", "node", "node", "client", "client")
+    sql += "SELECT 'node ' || name FROM node WHERE network = ? AND next_key IN (?, ?) AND id != ? AND state != 'removed'"
+    keys = node["key"], node.get("next_key") or node["key"]
+    other = core.store.row(sql, (node["network"], *keys, node["id"]) * 3)
     if other:
         raise Clash("the WireGuard key belongs to the %s: make a new one" % other)
 
@@ -2416,7 +2468,7 @@ def add_node(core: Core, network: str, values: Row) -> Row:
         found = need_network(core, owner["id"])
         batch = NetworkBatch(owner["id"], core.now)
         who = Joining(owner["id"], "", "administrator", "", "", values)
-        new.update(_new_node(core, found, who), auth=NO_AGENT + secrets.token_hex(8), os="", confirmed=True)
+        new.update(_new_node(core, found, who), auth=NO_AGENT + secrets.token_hex(8), os="")
         new.update(_move_in(core, batch, found, new))
         if values.get("ips"):
             new["ips"] = check_routes(values["ips"], _owned(core, found, new))
@@ -2459,6 +2511,7 @@ def _set_state(core: Core, node: Row, action: str, state: str, before: Sequence[
             network = need_network(core, node["network"])
             new.update(_move_in(core, batch, network, _without_vain_wishes(core, network, now)))
         if state != ACTIVE:
+            new.update(next_key="", refresh="")
             _leave_lists(batch, now)
         batch.update("node", new, "id = ? AND state = ?", now["id"], now["state"], must=True)
         return batch
@@ -2576,7 +2629,7 @@ def amend(core: Core, batch: NetworkBatch, network: Row, node: Row, values: Row)
     if "name" in values:
         _check_name_free(core, node["network"], values["name"], node["id"])
         batch.when("names = ?", network["names"])
-    if "key" in values:
+    if values.get("key") or values.get("next_key"):
         _check_key_free(core, {**node, **values})
     if node["state"] != PENDING:
         _move(core, batch, network, node, values)
@@ -2650,6 +2703,76 @@ def sweep(core: Core) -> None:
     left = (Node.state == REMOVED) & (Node.farewell == LEFT) & (Node.removed <= core.now - 86400)
     for node in core.store.select(Node.select().where(left)):
         forget_node(core, node["network"], node["id"])
+
+
+# ---- key refresh
+
+
+def refresh_keys(core: Core, network: str) -> Row:
+    """Put all nodes of a network whose agent makes its key in the queue for a new one."""
+    name = str(need_network(core, network)["id"])
+    _queue(core, name, "", "id != ''")
+    return need_network(core, name)
+
+
+def refresh_key(core: Core, node: Row) -> Row:
+    """Put one node in the queue for a new key."""
+    if node["keyed"]:
+        raise Clash("the key of %s was given by its user: join --force there takes another" % node["name"])
+    if node["state"] != ACTIVE or not node["confirmed"]:
+        raise Clash("the node %s is not active, or has no agent that could make a key" % node["name"])
+    _queue(core, node["network"], node["name"], "id = ?", node["id"])
+    return need_node(core, node["network"], node["id"])
+
+
+def _queue(core: Core, network: str, target: str, which: str, *bound: str) -> None:
+    def build() -> Batch:
+        batch = NetworkBatch(network, core.now, heard=False)
+        able = "network = ? AND state = 'active' AND confirmed AND NOT keyed AND refresh IN ('', 'silent') AND "
+        batch.update("node", {"refresh": QUEUED, "refresh_at": core.now}, able + which, network, *bound)
+        return batch
+
+    core.change(build, "key refresh", network, target)
+    start_refresh(core, network)
+
+
+def start_refresh(core: Core, network: str) -> None:
+    """Give the first in the queue its turn, unless it is another's. Who was seen lately comes first."""
+    sql = """network = ? AND state = 'active' AND refresh = 'queued' AND NOT EXISTS (SELECT 1 FROM node
+        WHERE network = ? AND state = 'active' AND refresh IN ('asked', 'listed', 'switching'))
+        ORDER BY last_seen < ?, refresh_at, name LIMIT 1"""
+    found = core.store.row(NODE_SELECT + sql, (network, network, core.now - 120))
+    if found is not None:
+        node = NodeState._make(found)
+        step_refresh(core, node, LISTED if node.next_key else ASKED, core.now)
+
+
+def step_refresh(core: Core, node: NodeState, state: str, at: int) -> None:
+    """Bring a node's refresh from the state that it was seen in to the next."""
+
+    def build() -> Batch | None:
+        same = "id = ? AND state = 'active' AND refresh = ? AND refresh_at = ?"
+        seen = (node.id, node.refresh, node.refresh_at)
+        if core.store.row(composed("SELECT 1 FROM node WHERE %s", same), seen) is None:
+            return None
+        batch = NetworkBatch(node.network, core.now)
+        new = {"refresh": state, "refresh_at": at, "own_changed": batch.counter}
+        batch.update("node", new, same, *seen, must=True)
+        return batch
+
+    core.store.change(build)
+    log.info("%s: the key refresh of %s is %s", node.network, node.name, state)
+
+
+def refreshed(core: Core, node: Row, values: Row) -> Row:
+    """The columns with what a node's report of its keys means for their refresh."""
+    key, new = values.get("key", node["key"]), values.get("next_key", node["next_key"])
+    if node["next_key"] and key == node["next_key"]:
+        return {**values, "next_key": "", "refresh": ""}
+    if new == node["next_key"]:
+        return values
+    lost = ASKED if node["refresh"] in (LISTED, SWITCHING) else node["refresh"]
+    return {**values, "refresh": LISTED if new else lost, "refresh_at": core.now}
 
 
 # ---- gateways
@@ -3251,6 +3374,8 @@ KEEPALIVE, MTU = as_number(0, 1000), as_number(576, 9200)
 PRINTABLE = r"[ -~]{0,80}"
 FACTS: dict[str, tuple[str, Check]] = {  # name on the wire → column, check
     "key": ("key", as_text(check_key)),
+    "next": ("next_key", as_text(check_key, True)),
+    "keyed": ("keyed", as_flag),
     "port": ("port", check_port),
     "endpoint": ("static", _address()),
     "fixed": ("fixed", as_flag),
@@ -3580,7 +3705,7 @@ class Agents:
 
     def __init__(self, core: Core, sight: Sight) -> None:
         self.core, self.sight = core, sight
-        self.members = Members(core.store, tell_nameserver(core))
+        self.members = Members(core.store, tell_nameserver(core), lambda: core.clock())
         self.bell = Bell(core.settings["POLL_LIMIT"])
         self.failures = Failures(20, 20 / 60)
         self.interval = core.settings["CHECKIN_INTERVAL"]
@@ -3756,6 +3881,7 @@ class Agents:
             self._commit(member, order, told, signer.source, public)
         member.see(now)
         member.last_mac, member.last_time = request.mac, now
+        self._confirmed(member, request.have, told)
         return self._present(member, request, signer)
 
     def _present(self, member: Member, request: Request, signer: Signer) -> Reply:
@@ -3822,7 +3948,7 @@ class Agents:
                     "another machine uses this node's identity: is this a copy of its disk? Then join it again with --force"
                 )
             values["machine_changed"] = self.core.now
-        values["machine"] = machine
+        values = {**refreshed(self.core, node, values), "machine": machine}
         if node["at"] and values["public"] not in ("", split_endpoint(node["at"])[0]):
             values["at"] = ""
         return values
@@ -3891,11 +4017,47 @@ class Agents:
             if member is not None and self.members.prove(member.mesh):
                 self.settle(member.mesh, (node,))
 
+    # ---- key refresh
+
+    def _confirmed(self, member: Member, have: str, told: Exchange | None) -> None:
+        """Note which revision a node has applied: a key refresh may have waited for that, or for its keys."""
+        mesh = member.mesh
+        counter = mesh.state.counter if have == mesh.word else member.have
+        news = counter > member.have and mesh.refreshing
+        member.have = counter
+        if news or (told is not None and told.values.keys() & {"key", "next_key"}):
+            self.refresh(mesh)
+
+    def refresh(self, mesh: Mesh) -> None:
+        """Take the key refresh of a network as far as it can go now."""
+        now, interval = self.core.clock(), mesh.state.interval or self.interval
+        active = [member for member in list(mesh.members.values()) if member.row.state == ACTIVE]
+        here = [member for member in active if now - max(member.seen, member.parked) <= 2 * interval]
+        lead = 5 + (0 if all(now - member.parked <= 2 * interval for member in here) else interval)
+        at_it = [member for member in active if member.row.refresh not in ("", QUEUED)]
+        for member in at_it:
+            heard = all(other.have >= member.row.changed for other in here)
+            free = all(other.row.refresh != SWITCHING for other in at_it)
+            step = next_refresh(member.row, now, lead, member in here, heard, free)
+            if step:
+                step_refresh(self.core, member.row, *step)
+                self.members.prove(mesh)
+        if all(member.row.refresh in ("", QUEUED, SILENT) for member in at_it):
+            start_refresh(self.core, mesh.state.id)
+            self.members.prove(mesh)
+
+    def refresh_due(self) -> None:
+        """What time alone brings about in key refreshes, and what other processes have asked for."""
+        for (network,) in self.core.store.rows("SELECT DISTINCT network FROM node WHERE refresh != '' AND state = 'active'"):
+            mesh = self.members.mesh(network)
+            if mesh is not None:
+                self.refresh(mesh)
+
     # ---- look
 
     def look(self, capability: str, have: str, source: str, wait: float) -> Reply:
         """The present word, or "!" for "come with an exchange"; held until it is not `have`."""
-        said = self._look(capability, source)
+        said = self._look(capability, source, min(wait, MAX_WAIT))
         if said != have or said == "!" or wait <= 0:  # a stranger waits for nothing
             return Reply(200, said.encode())
         if not self.bell.enter():
@@ -3904,20 +4066,21 @@ class Agents:
             end = time.monotonic() + min(wait, MAX_WAIT)
             while said == have and not self.bell.stopped and time.monotonic() < end:
                 rung = self.bell.rung
-                said = self._look(capability, source)
+                said = self._look(capability, source, end - time.monotonic())
                 if said == have:
                     self.bell.wait(rung, end - time.monotonic())
             return Reply(200, said.encode())
         finally:
             self.bell.leave()
 
-    def _look(self, capability: str, source: str) -> str:
+    def _look(self, capability: str, source: str, wait: float) -> str:
         member = self.members.by_look(capability)
         if member is None or not self.members.prove(member.mesh):
             return "!"
         if member.row.state == REMOVED or member.row.source != source:
             return "!"
         member.see(self.core.clock())
+        member.parked = max(member.parked, member.seen + wait) if wait > 0 else member.parked
         mesh: Mesh = member.mesh
         return mesh.word
 
@@ -4421,7 +4584,9 @@ NODE_FIELDS = (
     Field("pullchanges", lambda row: False, None, "flag"),
     Field("action", lambda row: "noop"),
     *(Field(name, lambda row: "") for name in ("password", "accesskey", "localrange")),
-    *(Field(name, lambda row: 0, None, "number") for name in ("lastpeerupdate", "keyupdatetimestamp")),
+    Field("keyrefresh", "refresh"),
+    Field("keyupdatetimestamp", "refresh_at", None, "number"),
+    Field("lastpeerupdate", lambda row: 0, None, "number"),
 )
 NEW_NODE = tuple(Field("publickey", "key", check_key) if field.name == "publickey" else field for field in NODE_FIELDS)
 KEY_FIELDS = (
@@ -5006,6 +5171,11 @@ def node_handler(action: Callable[[Core, Row], Row]) -> Callable[[Call], Any]:
     return handler
 
 
+def update_keys(call: Call) -> Any:
+    """New WireGuard keys for all nodes of a network, one after the other, without a cut."""
+    return view_network(refresh_keys(call.core, call.path["n"]), call.core.settings)
+
+
 def last_modified(call: Call) -> Any:
     return call.network["nodes_modified"]
 
@@ -5341,6 +5511,7 @@ ROUTES = (
     Route("PUT", NET + "/<n>", ADMIN, put_network, NETWORK_FIELDS, "Network"),
     Route("PUT", NET + "/<n>/nodelimit", ADMIN, put_network, NETWORK_FIELDS, "Network"),
     Route("DELETE", NET + "/<n>", ADMIN, delete_network, (), "message"),
+    Route("POST", NET + "/<n>/keyupdate", MINE, update_keys, (), "Network"),
     Route("GET", NET + "/<n>/graph", MINE, graph, (), "Graph"),
     Route("GET", NET + "/<n>/keys", MINE, get_keys, (), "[AccessKey]"),
     Route("POST", NET + "/<n>/keys", MINE, new_key, KEY_TAKES, "AccessKey"),
@@ -5358,6 +5529,7 @@ ROUTES = (
     Route("POST", A_NODE + "/reject", MINE, node_handler(reject), (), "Node"),
     Route("POST", A_NODE + "/disable", MINE, node_handler(disable), (), "Node"),
     Route("POST", A_NODE + "/enable", MINE, node_handler(enable), (), "Node"),
+    Route("POST", A_NODE + "/refreshkey", MINE, node_handler(refresh_key), (), "Node"),
     Route("POST", A_NODE + "/creategateway", MINE, make_egress, GATEWAY_TAKES, "Node"),
     Route("POST", A_NODE + "/createingress", MINE, node_handler(create_ingress), (), "Node"),
     Route("POST", A_NODE + "/createrelay", MINE, make_relay, RELAY_TAKES, "Node"),
@@ -5727,6 +5899,7 @@ class Housekeeping:
             for task in (
                 self.agents.flush,
                 self.agents.settle_due,
+                self.agents.refresh_due,
                 partial(sweep, core),
                 partial(forget_audit, core),
                 self.push_names,
