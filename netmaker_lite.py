@@ -75,7 +75,7 @@ import socketserver
 import sqlite3
 import threading
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
 from hashlib import blake2b, sha256
 from types import MappingProxyType
@@ -129,6 +129,7 @@ from netclient_lite import (
 
 Row = Dict[str, Any]  # a row of the database by column
 log = logging.getLogger("netmaker-lite")
+logging.getLogger("peewee").setLevel(logging.INFO)  # statements would come with their values, hashes and capabilities among them
 
 # --------------------------------------------------------------------------------------------------
 # SETTINGS
@@ -633,7 +634,7 @@ def nobody() -> str:
 
 def check_lifetime(text: str) -> int:
     """Seconds of `90s`, `30m`, `24h`, `7d`."""
-    found = re.fullmatch(r"(\d{1,6})([smhdw])", text)
+    found = re.fullmatch("([0-9]{1,6})([smhdw])", text)
     if not found or int(found[1]) == 0:
         raise Invalid("%r is no time: a number and s, m, h, d or w, like 24h" % text)
     return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}[found[2]]
@@ -1946,7 +1947,8 @@ def give_up_key(settings: Settings) -> int:
 
 def blank(model: Any) -> Row:
     """A row of defaults."""
-    return dict(model._meta.get_default_dict())
+    empty = {name: None for name, field in model._meta.fields.items() if field.null}
+    return {**empty, **model._meta.get_default_dict()}
 
 
 # ---- networks
@@ -2096,6 +2098,11 @@ def remove_network(core: Core, name: str) -> Row:
         for name, text in core.store.rows("SELECT name, networks FROM account WHERE networks != ''"):
             rest = [each for each in text.split(",") if each != network["id"]]
             batch.update("account", {"networks": ",".join(rest)}, "name = ? AND networks = ?", name, text, must=True)
+        for session, text in core.store.rows("SELECT id, networks FROM session WHERE networks != ''"):
+            left = ",".join(each for each in text.split(",") if each != network["id"])
+            batch.update("session", {"networks": left}, "id = ?", session)
+            if not left:  # which would be no limit at all
+                batch.delete("session", "id = ?", session)
         return batch
 
     core.change(build, "network remove", network["id"])
@@ -3280,10 +3287,19 @@ def _no_constant(name: str) -> NoReturn:
     raise ValueError(name)
 
 
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise Invalid("a member of the body is there twice")
+    return found
+
+
 def read_json(body: bytes) -> dict[str, Any]:
     """The object in a body; Invalid when it is none, or deeper and larger than anything that we ask for."""
     try:
-        value = json.loads(body.decode() or "{}", parse_constant=_no_constant)
+        value = json.loads(body.decode() or "{}", parse_constant=_no_constant, object_pairs_hook=_once_each)
+    except Invalid:
+        raise
     except (ValueError, RecursionError) as bad:
         raise Invalid("the body is no JSON") from bad
     if not isinstance(value, dict):
@@ -3358,10 +3374,18 @@ class Failures:
     def __init__(self, size: int, per_second: float) -> None:
         self.size, self.rate = size, per_second
         self.buckets: dict[str, tuple[float, float]] = {}  # who → (failures, when)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
+
+    @staticmethod
+    def _whose(who: str) -> str:
+        """Whom it is counted for: an IPv6 host has a whole /64 to choose its address from."""
+        try:
+            return str(ipaddress.IPv6Address(int(ipaddress.IPv6Address(who)) >> 64 << 64)) if ":" in who else who
+        except ValueError:
+            return who
 
     def count(self, who: str, now: float) -> float:
-        failures, when = self.buckets.get(who, (0.0, now))
+        failures, when = self.buckets.get(self._whose(who), (0.0, now))
         return max(0.0, failures - (now - when) * self.rate)
 
     def check(self, now: float, *whom: str) -> None:
@@ -3373,7 +3397,19 @@ class Failures:
             if len(self.buckets) > 10000:
                 self.buckets = {who: at for who, at in self.buckets.items() if self.count(who, now)}
             for who in whom:
-                self.buckets[who] = (self.count(who, now) + 1, now)
+                self.buckets[self._whose(who)] = (self.count(who, now) + 1, now)
+
+    def begin(self, now: float, *whom: str) -> None:
+        """Count a try before it is made: of many at once no more may be made than one after the other."""
+        with self._lock:
+            self.check(now, *whom)
+            self.add(now, *whom)
+
+    def forgive(self, now: float, *whom: str) -> None:
+        """It was no failure."""
+        with self._lock:
+            for who in whom:
+                self.buckets[self._whose(who)] = (max(0.0, self.count(who, now) - 1), now)
 
 
 class Bell:
@@ -4253,7 +4289,7 @@ def check_until(text: str) -> int:
 
 def check_silence(text: str) -> int:
     """Seconds; 0, or at least an hour: a node that reboots is not gone."""
-    seconds = 0 if text in ("", "0") else int(text) if text.isdigit() else check_lifetime(text)
+    seconds = 0 if text in ("", "0") else int(text) if re.fullmatch("[0-9]{1,12}", text) else check_lifetime(text)
     if seconds and not 3600 <= seconds <= 1 << 32:
         raise Invalid("%.40r is no time of an hour or more: 0 for never, or like 30d" % text)
     return seconds
@@ -4379,6 +4415,7 @@ NODE_FIELDS = (
     Field("isrelayed", lambda row: bool(row["via"]), None, "flag"),
     Field("relayaddrs", lambda row: row.get("relayaddrs", []), None, "texts"),
     *(Field(name, name, check_hook) for name in ("postup", "postdown")),
+    Field("seenby", "", None, "object"),  # of one node only
     Field("isserver", lambda row: False, None, "flag"),
     Field("saveconfig", lambda row: False, None, "flag"),
     Field("pullchanges", lambda row: False, None, "flag"),
@@ -4502,7 +4539,7 @@ def as_words(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list) and all(isinstance(each, str) for each in value):
-        return ",".join(value)
+        value = ",".join(value)
     if isinstance(value, str) and not re.search("[\ud800-\udfff\0]", value) and len(value) <= 4096:
         return value
     if isinstance(value, int) or (isinstance(value, float) and value.is_integer() and abs(value) < 1 << 53):
@@ -4524,6 +4561,8 @@ def parse_fields(given: Mapping[str, Any], fields: Sequence[Field], shown: Mappi
         if field is None:
             names = ", ".join(sorted(each.name for each in fields if each.check))
             raise Invalid("there is no field %.40r here: there is %s" % (member, names))
+        if name in found:
+            raise Invalid("%s is there twice" % name)
         if field.check is None or value is None or (name in shown and shown[name] == value):
             continue
         try:
@@ -4727,6 +4766,23 @@ class Web:
             raise Denied("%s may not do this: an administrator can" % found.name)
         return found
 
+    @contextmanager
+    def a_try(self, core: Core, name: str = "") -> Iterator[None]:
+        """Something that can be guessed: only wrong guesses count, for who makes them and for the name."""
+        now, wrong = core.clock(), False
+        counted = [(self.sources, core.caller.source), *([(self.names, name)] if name else [])]
+        for failures, who in counted:
+            failures.begin(now, who)
+        try:
+            yield
+        except (Denied, Unknown):
+            wrong = True
+            raise
+        finally:
+            if not wrong:
+                for failures, who in counted:
+                    failures.forgive(now, who)
+
     def fields(self, route: Route) -> Row:
         """The members of a body."""
         if not route.takes:
@@ -4744,7 +4800,9 @@ class Web:
         """Admit, parse, act, show."""
         core = self.core.by(self.caller(route, path))
         body = self.fields(route)
-        query = {name: bottle.request.query.getunicode(name) or "" for name in bottle.request.query}
+        query = {name: bottle.request.query.getunicode(name) for name in bottle.request.query}
+        if None in query.values():
+            raise Invalid("the query is not UTF-8")
         found = route.handler(Call(self, core, path, body, query))
         if isinstance(found, Message):
             found = {"Code": 200, "Message": found.sentence, "Response": found.response}
@@ -4765,12 +4823,14 @@ class Web:
         return rows[first : first + size]
 
     def at_home(self) -> bool:
-        """Whether a request comes from this very host, and not through a proxy on it, nor from a page under a foreign name."""
+        """Whether a request comes from this very host, not through a proxy on it nor from a foreign page in its browser."""
         environ = bottle.request.environ
-        through = any(name.startswith(("HTTP_FORWARDED", "HTTP_X_FORWARDED", "HTTP_VIA")) for name in environ)
+        through = any(name.startswith(("HTTP_FORWARDED", "HTTP_X_", "HTTP_VIA")) for name in environ)
+        through |= environ.get("SERVER_PROTOCOL") == "HTTP/1.0"  # as nginx speaks that was told nothing else, under our own name
         peer, host = self._canonical(environ.get("REMOTE_ADDR", "")), environ.get("HTTP_HOST", "")
+        foreign = environ.get("HTTP_ORIGIN", "http://" + host).partition("://")[2] != host
         name = re.sub(r":\d+$", "", host).strip("[]")
-        return not through and is_loopback(peer) and (name == "localhost" or is_loopback(name))
+        return not through and not foreign and is_loopback(peer) and (name == "localhost" or is_loopback(name))
 
     def cross_origin(self) -> dict[str, str]:
         """What a browser wants to hear before a page from elsewhere may call this."""
@@ -4941,7 +5001,9 @@ def approve_node(call: Call) -> Any:
 
 def node_handler(action: Callable[[Core, Row], Row]) -> Callable[[Call], Any]:
     """A handler that does one thing to one node."""
-    return lambda call: call.show(action(call.core, call.node))
+    handler = lambda call: call.show(action(call.core, call.node))  # noqa: E731
+    handler.__doc__ = action.__name__.replace("_", " ") + " node"
+    return handler
 
 
 def last_modified(call: Call) -> Any:
@@ -5111,29 +5173,17 @@ def get_has_admin(call: Call) -> Any:
 
 
 def create_admin(call: Call) -> Any:
-    now, source = call.core.clock(), call.core.caller.source
-    call.web.sources.check(now, source)
     values = parse_fields(call.body, FIRST_ADMIN)
     code = values.pop("setupcode", "")
-    try:
+    with call.web.a_try(call.core):
         return show_user(add_first_admin(call.core, columns(values, USER_FIELDS), call.web.at_home(), code))
-    except Denied:
-        call.web.sources.add(now, source)
-        raise
 
 
 def authenticate(call: Call) -> Any:
     values = parse_fields(call.body, SIGN_IN)
     name, password = values.get("username", "").lower(), values.get("password", "")
-    now, source = call.core.clock(), call.core.caller.source
-    call.web.sources.check(now, source)
-    call.web.names.check(now, name)
-    try:
+    with call.web.a_try(call.core, name[:40]):
         session = sign_in(call.core, name, password)
-    except Unknown:
-        call.web.sources.add(now, source)
-        call.web.names.add(now, name)
-        raise
     return Message("signed in until %d" % session["expires"], {"UserName": name, "AuthToken": session["value"]})
 
 
@@ -5163,8 +5213,8 @@ def delete_token(call: Call) -> Any:
 
 
 def get_audit(call: Call) -> Any:
-    since = call.query.get("since", "")
-    start = call.core.now - check_lifetime(since) if since and not since.isdigit() else int(since or "0")
+    since = call.query.get("since") or "0"
+    start = call.core.now - check_lifetime(since) if since[-1].isalpha() else Whole(0, 1 << 53)(since)
     return [view(row, AUDIT_FIELDS) for row in audit(call.core, call.query.get("network", ""), start)]
 
 
@@ -5291,7 +5341,7 @@ ROUTES = (
     Route("PUT", NET + "/<n>", ADMIN, put_network, NETWORK_FIELDS, "Network"),
     Route("PUT", NET + "/<n>/nodelimit", ADMIN, put_network, NETWORK_FIELDS, "Network"),
     Route("DELETE", NET + "/<n>", ADMIN, delete_network, (), "message"),
-    Route("GET", NET + "/<n>/graph", MINE, graph, (), "object"),
+    Route("GET", NET + "/<n>/graph", MINE, graph, (), "Graph"),
     Route("GET", NET + "/<n>/keys", MINE, get_keys, (), "[AccessKey]"),
     Route("POST", NET + "/<n>/keys", MINE, new_key, KEY_TAKES, "AccessKey"),
     Route("DELETE", NET + "/<n>/keys/<name>", MINE, delete_key, (), "message"),
@@ -5348,8 +5398,8 @@ ROUTES = (
     Route("GET", "/api/audit", USER, get_audit, (), "[Audit]"),
     Route("POST", "/api/server/addnetwork/<n>", ADMIN, host_network(True), (), "message"),
     Route("DELETE", "/api/server/removenetwork/<n>", ADMIN, host_network(False), (), "message"),
-    Route("GET", "/api/server/getconfig", USER, get_config, (), "object"),
-    Route("GET", "/api/server/status", USER, status, (), "object"),
+    Route("GET", "/api/server/getconfig", USER, get_config, (), "Config"),
+    Route("GET", "/api/server/status", USER, status, (), "Status"),
     Route("GET", "/metrics", ADMIN, metrics),
     Route("GET", "/api/openapi.json", ANY, openapi, (), "object"),
 )
@@ -5363,12 +5413,46 @@ SCHEMAS: dict[str, Sequence[Field]] = {
     "Network": NETWORK_FIELDS, "AccessKey": KEY_FIELDS, "Node": NODE_FIELDS, "User": USER_FIELDS, "Token": TOKEN_FIELDS,
     "Audit": AUDIT_FIELDS, "ExtClient": CLIENT_FIELDS, "DNSEntry": DNS_FIELDS, "Denial": DENIAL_FIELDS,
 }  # fmt: skip
-MESSAGE: Row = {"type": "object", "properties": {"Code": {"type": "integer"}, "Message": TEXT}, "required": ["Code", "Message"]}
+
+
+def shape(texts: str, numbers: str = "", **others: Row) -> Row:
+    """An object that always has these members."""
+    found = {**dict.fromkeys(texts.split(), TEXT), **dict.fromkeys(numbers.split(), KINDS["number"]), **others}
+    return {"type": "object", "properties": found, "required": sorted(found)}
+
+
+def list_of(one: Row) -> Row:
+    return {"type": "array", "items": one}
+
+
+MESSAGE = shape("Message", "Code", Response={})
+PROBLEM = shape("Message error", "Code")
+OBJECTS: dict[str, Row] = {
+    "Graph": shape(
+        "", nodes=list_of(shape("id name address status")), links=list_of(shape("from to endpoint", handshake=KINDS["truth"])),
+    ),
+    "Config": shape(
+        "APIConnString APIHost APIPort MasterKey AllowedOrigin RestBackend AgentBackend Database CheckinInterval Version "
+        "Platform", "DefaultNodeLimit Verbosity",
+    ),
+    "Status": shape(
+        "version incarnation pin database", "uptime time networks nodes schema polls poll_limit",
+        urls=KINDS["texts"], status={"type": "object", "additionalProperties": KINDS["number"]},
+    ),
+}  # fmt: skip
 PLAIN = {"message": MESSAGE, "object": KINDS["object"], "text": TEXT, "number": KINDS["number"], "truth": KINDS["truth"]}
+JSON, BYTES = "application/json", "application/octet-stream"
+WRITTEN: dict[Any, tuple[str, Row]] = {  # by handlers themselves
+    Web.health: (JSON, shape("status version")), Web.hello: (JSON, shape("pin version")), Web.getip: ("text/plain", TEXT),
+    Web.look: ("text/plain", TEXT), Web.join: (BYTES, {}), Web.exchange: (BYTES, {}), metrics: ("text/plain", TEXT),
+}  # fmt: skip
+QUERIES: dict[Any, Row] = {get_audit: {"network": TEXT, "since": TEXT}, Web.look: {"have": TEXT, "wait": TEXT}}
+PAGES = {"page": Whole(1, 1 << 31).schema, "per_page": Whole(1, PER_PAGE).schema}
 PROBLEMS = {
     400: "bad input", 401: "who are you?", 403: "not yours", 404: "none such", 409: "something else is there, or in the way",
     410: "used up", 413: "too large", 429: "slow down", 503: "not now",
 }  # fmt: skip
+PART = "<([a-z0-9]+)>"
 
 
 def field_schema(field: Field) -> Row:
@@ -5381,35 +5465,41 @@ def body_schema(fields: Sequence[Field]) -> Row:
     return {"type": "object", "properties": {field.name: {} if field.check is None else field_schema(field) for field in fields}}
 
 
+def object_schema(fields: Sequence[Field]) -> Row:
+    """Of an answer; a `Field` with no source and no check is there in some answers only."""
+    shown = {field.name: field_schema(field) for field in fields if field.source != "" or field.check is None}
+    return {"type": "object", "properties": shown, "required": [field.name for field in fields if field.source != ""]}
+
+
 def answer_schema(gives: str) -> Row:
     name = gives.strip("[]")
     one = PLAIN.get(name) or {"$ref": "#/components/schemas/" + name}
-    return {"type": "array", "items": one} if gives.startswith("[") else one
+    return list_of(one) if gives.startswith("[") else one
 
 
 def operation(route: Route) -> Row:
     """One route as OpenAPI has it."""
-    names = re.findall("<([a-z]+)>", route.path)
-    kind = "application/json" if route.gives else "application/octet-stream" if route.role == "agent" else "*/*"
-    good: Row = {"description": "done"}
-    if route.gives:
-        good["content"] = {kind: {"schema": answer_schema(route.gives)}}
+    kind, schema = (JSON, answer_schema(route.gives)) if route.gives else WRITTEN.get(route.handler, ("*/*", {}))
+    query = {**QUERIES.get(route.handler, {}), **(PAGES if route.gives.startswith("[") else {})}
+    names = re.findall(PART, route.path)
     found: Row = {
-        "operationId": (route.method + re.sub("[^a-z]+", "_", route.path)).lower(),
+        "operationId": (route.method + re.sub("[^a-z0-9]+", "_", route.path)).lower(),
         "tags": [route.role],
-        "summary": " ".join((route.handler.__doc__ or route.handler.__name__.replace("_", " ")).split("\n")[0].split()),
-        "parameters": [{"name": name, "in": "path", "required": True, "schema": TEXT} for name in names],
-        "responses": {"200": good},
+        "summary": (route.handler.__doc__ or route.handler.__name__.replace("_", " ")).strip().split("\n")[0],
+        "parameters": [
+            *({"name": name, "in": "path", "required": True, "schema": TEXT} for name in names),
+            *({"name": name, "in": "query", "schema": what} for name, what in query.items()),
+        ],
+        "responses": {"200": {"description": "done", "content": {kind: {"schema": schema}}}},
     }
-    if route.gives.startswith("["):
-        found["parameters"] += [
-            {"name": name, "in": "query", "schema": {"type": "integer", "minimum": 1}} for name in ("page", "per_page")
-        ]
     if route.takes:
-        found["requestBody"] = {"content": {"application/json": {"schema": body_schema(route.takes)}}}
+        found["requestBody"] = {"content": {JSON: {"schema": body_schema(route.takes)}}}
     if route.role in (USER, MINE, SELF, ADMIN):
         found["security"] = [{"bearer": []}]
-    found["responses"].update({str(number): {"$ref": "#/components/responses/%d" % number} for number in PROBLEMS})
+    if route.role == "agent":
+        found["responses"]["default"] = {"description": "docs/protocol.md tells"}
+    else:
+        found["responses"].update({str(number): {"$ref": "#/components/responses/%d" % number} for number in PROBLEMS})
     return found
 
 
@@ -5417,14 +5507,14 @@ def openapi_of(routes: Iterable[Route]) -> Row:
     """The routes as an OpenAPI 3.1 document."""
     paths: dict[str, Row] = {}
     for route in routes:
-        paths.setdefault(re.sub("<([a-z]+)>", r"{\1}", route.path), {})[route.method.lower()] = operation(route)
-    schemas = {
-        name: {"type": "object", "properties": {field.name: field_schema(field) for field in fields if field.source != ""}}
-        for name, fields in SCHEMAS.items()
+        paths.setdefault(re.sub(PART, r"{\1}", route.path), {})[route.method.lower()] = operation(route)
+    about = {"title": "netmaker-lite", "version": __version__, "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"}}
+    errors = {str(n): {"description": what, "content": {JSON: {"schema": PROBLEM}}} for n, what in PROBLEMS.items()}
+    parts = {
+        "schemas": {**{name: object_schema(fields) for name, fields in SCHEMAS.items()}, **OBJECTS},
+        "responses": errors,
+        "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}},
     }
-    about = {"title": "netmaker-lite", "version": __version__, "license": {"name": "Apache-2.0"}}
-    errors = {str(n): {"description": what, "content": {"application/json": {"schema": MESSAGE}}} for n, what in PROBLEMS.items()}
-    parts = {"schemas": schemas, "responses": errors, "securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}}
     return {"openapi": "3.1.0", "info": about, "paths": paths, "components": parts}
 
 
