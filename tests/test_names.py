@@ -215,7 +215,7 @@ def test_no_network_is_no_zone():
 
 def test_housekeeping_writes_after_changes_only(home, monkeypatch):
     written = []
-    monkeypatch.setattr(netmaker_core, "write_names", lambda core: written.append(netmaker_core.names(core)))
+    monkeypatch.setattr(server, "write_names", lambda core: written.append(netmaker_core.names(core)))
     home.keeper.push_names()
     home.keeper.push_names()
     netmaker_core.set_name(home.core, "default", "", {"name": "printer", "ip": "192.0.2.7"})
