@@ -1111,6 +1111,10 @@ class Store:
     def get(self, query: Any) -> Row | None:
         return next(iter(self.select(query.limit(1))), None)
 
+    def count(self, query: Any) -> int:
+        with self._reading:
+            return int(query.count(self.reader))
+
     def meta(self, key: str) -> str:
         found = self.row("SELECT value FROM meta WHERE key = ?", (key,))
         return str(found[0]) if found else ""
@@ -3601,14 +3605,26 @@ def caller_of(core: Core, bearer: str, source: str) -> Caller:
 # ---- the audit log
 
 
-def audit(core: Core, network: str = "", since: int = 0) -> list[Row]:
-    """Changes, the newest first; of somebody's own networks where the caller has not all."""
-    found = Audit.select().where(Audit.time >= since).order_by(Audit.id.desc())
-    if network:
-        found = found.where(Audit.network == network.lower())
-    if core.caller.networks is not None:
-        found = found.where(Audit.network.in_(sorted(core.caller.networks)))
-    return core.store.select(found)
+class AuditLog:
+    """Changes, the newest first; of somebody's own networks where the caller has not all. Only a slice's rows are read."""
+
+    MOST = 1000  # without an end; the log is long, and a router's memory short
+
+    def __init__(self, core: Core, network: str = "", since: int = 0) -> None:
+        shown = [field for field in Audit._meta.sorted_fields if field is not Audit.id]
+        found = Audit.select(*shown).where(Audit.time >= since).order_by(Audit.id.desc())
+        if network:
+            found = found.where(Audit.network == network.lower())
+        if core.caller.networks is not None:
+            found = found.where(Audit.network.in_(sorted(core.caller.networks)))
+        self.store, self.found = core.store, found
+
+    def __len__(self) -> int:
+        return self.store.count(self.found)
+
+    def __getitem__(self, part: slice) -> list[Row]:
+        first = part.start or 0
+        return self.store.select(self.found.offset(first).limit((part.stop or first + self.MOST) - first))
 
 
 def forget_audit(core: Core) -> None:
@@ -4176,11 +4192,11 @@ class Web:
         return self.send(Reply(200, dump(found)), "application/json")
 
     @staticmethod
-    def page(rows: list[Any], query: Mapping[str, str]) -> list[Any]:
-        """The rows that are asked for; all without ?page= or ?per_page=."""
+    def page(rows: list[Any] | AuditLog, query: Mapping[str, str]) -> list[Any]:
+        """The rows that are asked for; all, or the most that one answer has, without ?page= or ?per_page=."""
         bottle.response.set_header("X-Total-Count", str(len(rows)))
         if "page" not in query and "per_page" not in query:
-            return rows
+            return rows[:]
         size = Whole(1, PER_PAGE)(query.get("per_page", "100"))
         first = (Whole(1, 1 << 31)(query.get("page", "1")) - 1) * size
         return rows[first : first + size]
@@ -4454,7 +4470,7 @@ def delete_token(call: Call) -> Any:
 def get_audit(call: Call) -> Any:
     since = call.query.get("since") or "0"
     start = call.core.now - check_lifetime(since) if since[-1].isalpha() else Whole(0, 1 << 53)(since)
-    return [view(row, AUDIT_FIELDS) for row in audit(call.core, call.query.get("network", ""), start)]
+    return AuditLog(call.core, call.query.get("network", ""), start)
 
 
 def host_network(hosted: bool) -> Callable[[Call], Any]:
