@@ -407,10 +407,12 @@ NETWORK_SETTINGS = (
     Setting("checkininterval", "checkin-interval", "S", "seconds between two check-ins of a node (15)"),
     Setting("defaultinterface", "interface", "IF", "the nodes' interface (nm-NAME)"),
     Setting("displayname", "display", "TEXT", "name for people"),
+    Setting("defaultextclientdns", "client-dns", "IP", "name server of external clients"),
     Setting("autoremove", "auto-remove", "30d", "remove nodes that are not heard of for so long; 0: never (0)"),
 )
 NODE_SETTINGS = (
     Setting("name", "name", "NAME", "its name, a DNS label"),
+    Setting("macaddress", "macaddress", "MAC", "its MAC address, for scripts that name nodes so"),
     Setting("address", "address", "IP", "its IPv4 address in the network"),
     Setting("address6", "address6", "IP", "its IPv6 address in the network"),
     Setting("allowedips", "allowedips", "CIDR,…", "more ranges that lead to it"),

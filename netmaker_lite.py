@@ -28,7 +28,7 @@ Contents
     MODELS      the tables and their numbered migrations
     STORE       connections, and a change as one batch of conditional statements
     MESH        what nodes hear of each other: records, settings, observed endpoints; pure
-    RENDER      texts made of values: install script and line; pure
+    RENDER      texts made of values: install script and line, clients' configurations, QR pictures, CoreDNS files; pure
     MEMBERS     the networks in memory, proven fresh by one keyed read
     ACTIONS     one function for each thing that an administrator or an agent can do
     AGENTS      the agent protocol: join, exchange, look (docs/protocol.md)
@@ -58,6 +58,7 @@ if "serve" in sys.argv[1:] and os.environ.get("SERVER_BACKEND") == "gevent":
 
     gevent.monkey.patch_all()
 
+import base64
 import bisect
 import fcntl
 import io
@@ -224,6 +225,8 @@ SETTINGS = (
     Setting("DATABASE", "sqlite", "where the data are kept: sqlite", one_of("sqlite")),
     Setting("CHECKIN_INTERVAL", "15", "seconds between two check-ins of an agent", Whole(2, 100000)),
     Setting("DEFAULT_NODE_LIMIT", "999999999", "nodes that a new network may have", Whole(0, 1 << 53)),
+    Setting("DNS_MODE", "on", "write hosts file and Corefile for CoreDNS: on or off", one_of("on", "off")),
+    Setting("COREDNS_ADDR", "", "address of that nameserver, which agents are told", lambda text: text and check_address(text)),
     Setting("TRUSTED_PROXIES", "", "addresses or ranges whose X-Forwarded-For is believed", check_proxies),
     Setting("POLL_LIMIT", "64", "long-polls held at once", Whole(1, 100000)),
     Setting("MASTER_KEY", "", "a bearer token that is an administrator's (off)", check_master, True),
@@ -487,7 +490,9 @@ def check_routes(text: str, taken: Mapping[str, str]) -> str:
         except ValueError as bad:
             raise Invalid("%r is no range: ADDRESS/BITS, like 192.168.7.0/24" % word) from bad
         if block.prefixlen == 0:
-            raise Invalid("%s would send all traffic of every node there: name the ranges" % word)
+            raise Invalid("%s would send all traffic of every node there: name the ranges (clients have `internet`)" % word)
+        if block.is_loopback or block.is_multicast or block.is_link_local:
+            raise Invalid("%s is a loopback, multicast or link-local range: no node can own it" % word)
         blocks.append(str(block))
     for block_text in blocks:
         other = next((range_ for range_ in taken if overlap(block_text, range_)), None)
@@ -514,10 +519,10 @@ def free_name(wish: str, taken: Iterable[str]) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def write_private(path: str, data: bytes, replace: bool) -> bool:
+def write_private(path: str, data: bytes, replace: bool, mode: int = 0o600) -> bool:
     """Write a file that is 0600 from its first byte and appears whole; False when it is already there."""
     temporary = "%s.%s" % (path, secrets.token_hex(4))
-    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(data)
@@ -685,6 +690,8 @@ class Network(peewee.Model):
     manual = peewee.BooleanField(default=False)
     is_local = peewee.BooleanField(default=False)
     local_range = _text()
+    client_dns = _text()  # what external clients ask for names
+    names = _number()  # counter of the last change of names that are not nodes'
     hosted = peewee.BooleanField(default=False)  # the server's own host shall be a node of it
     silent = _number()  # seconds after which a node that is not heard of is removed; 0: never
     created = _number()
@@ -738,6 +745,18 @@ class Node(peewee.Model):
     rejected = _text()
     removed = _number()
     farewell = _text()
+    egress = _text()  # {"ranges", "interface", "nat"} as JSON; "": no egress gateway
+    ingress = peewee.BooleanField(default=False)
+    relay = peewee.BooleanField(default=False)
+    via = _text()  # the node that relays it
+    deny = _text()  # nodes that it must not know, each with a comma after it; they have it in theirs
+    mac = _text()
+    postup = _text()
+    postdown = _text()
+    next_key = _text()  # what it will have after a refresh of its key
+    keyed = peewee.BooleanField(default=False)  # its user gave it its key
+    refresh = _text()  # how far that is, and since when (switching: at what time it is to happen)
+    refresh_at = _number()
 
 
 class Lease(peewee.Model):
@@ -813,6 +832,38 @@ class Joined(peewee.Model):
         primary_key = peewee.CompositeKey("network", "auth")
 
 
+class Client(peewee.Model):
+    """An external client: a machine with a plain WireGuard configuration, known to one ingress gateway."""
+
+    id = peewee.TextField(primary_key=True)
+    network = peewee.TextField()
+    gateway = peewee.TextField(index=True)
+    name = peewee.TextField()
+    key = peewee.TextField()
+    private = _text()  # sealed; forgotten some minutes after `keyed`
+    keyed = _number()
+    ip = _text()
+    ip6 = _text()
+    resolver = _text()  # the nameservers in its configuration
+    internet = peewee.BooleanField(default=False)
+    enabled = peewee.BooleanField(default=True)
+    made = _text()  # hash of the configuration that it was given
+    created = _number()
+    modified = _number()
+
+
+class Dns(peewee.Model):
+    """A name that an administrator wrote down."""
+
+    network = peewee.TextField()
+    name = peewee.TextField()
+    ip = _text()
+    ip6 = _text()
+
+    class Meta:
+        primary_key = peewee.CompositeKey("network", "name")
+
+
 class User(peewee.Model):
     """Who may use the API: an administrator, or somebody with some networks. `user` is a word of SQL's own."""
 
@@ -862,17 +913,26 @@ Node.add_index(Node.index(Node.network, Node.state))
 Node.add_index(Node.index(Node.source))
 Lease.add_index(Lease.index(Lease.network, Lease.node, Lease.released))
 AccessKey.add_index(AccessKey.index(AccessKey.network, AccessKey.name, unique=True))
-
+Client.add_index(Client.index(Client.network, Client.name, unique=True))
+Client.add_index(Client.index(Client.network, Client.key, unique=True))
 Session.add_index(Session.index(Session.owner, Session.name))
 
-MODELS = (Meta, Network, Node, Lease, AccessKey, Revision, Gone, Observed, Joined, User, Session, Audit)
+MODELS = (Meta, Network, Node, Lease, AccessKey, Revision, Gone, Observed, Joined, User, Session, Audit, Client, Dns)
 SCHEMA = 2
 # version → the statements that lead to it from the one before; tables that are missing are made after them
 MIGRATIONS: dict[int, tuple[str, ...]] = {
     2: (
-        "INSERT INTO meta (key, value) VALUES ('users', ''), ('setup', '')",
+        "INSERT INTO meta (key, value) VALUES ('users', ''), ('setup', ''), ('nameserver', '')",
         "ALTER TABLE network ADD COLUMN silent BIGINT NOT NULL DEFAULT 0",
         "ALTER TABLE network ADD COLUMN hosted BOOLEAN NOT NULL DEFAULT 0",
+        "ALTER TABLE network ADD COLUMN client_dns TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE network ADD COLUMN names BIGINT NOT NULL DEFAULT 0",
+        *(
+            "ALTER TABLE node ADD COLUMN %s TEXT NOT NULL DEFAULT ''" % name
+            for name in ("egress", "via", "deny", "mac", "postup", "postdown", "next_key", "refresh")
+        ),
+        *("ALTER TABLE node ADD COLUMN %s BOOLEAN NOT NULL DEFAULT 0" % name for name in ("ingress", "relay", "keyed")),
+        "ALTER TABLE node ADD COLUMN refresh_at BIGINT NOT NULL DEFAULT 0",
     ),
 }
 
@@ -888,7 +948,7 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
 # networks, and in WAL mode never waits for the other, which writes. A connection for each of the web
 # server's threads would cost more memory than all nodes together.
 
-TABLES = ("node", "lease", "access_key", "revision", "gone", "observed", "joined")  # with a column `network`
+TABLES = ("node", "lease", "access_key", "revision", "gone", "observed", "joined", "client", "dns")  # with a column `network`
 HISTORY = 4096  # words kept: how far back deltas reach
 TRIES = 20  # of a change whose preconditions another process has upset meanwhile
 DATABASE_FILE = "netmaker.db"
@@ -970,7 +1030,7 @@ class NetworkBatch(Batch):
 
     def __init__(self, network: str, now: float, heard: bool = True) -> None:
         super().__init__("network", "id", network)
-        self.network = network
+        self.network, self.now = network, int(now)
         self.counter = Expression("(SELECT counter FROM network WHERE id = ?)", (network,))
         if not heard:
             return
@@ -1076,7 +1136,7 @@ class Store:
             log.warning("the database is of schema %d now", version)
 
     def _create(self) -> None:
-        names = ("schema", "incarnation", "networks", "users", "setup", "pin", "urls")
+        names = ("schema", "incarnation", "networks", "users", "setup", "pin", "urls", "nameserver")
         first = {**dict.fromkeys(names, ""), "schema": str(SCHEMA), "incarnation": new_incarnation()}
         with self.writer.atomic("IMMEDIATE"), self.writer.bind_ctx(MODELS):
             self.writer.create_tables(MODELS)
@@ -1225,6 +1285,7 @@ class NetworkState(NamedTuple):
     interval: int | None
     punch: bool
     is_local: bool
+    names: int = 0
 
     @property
     def word(self) -> str:
@@ -1265,11 +1326,42 @@ class NodeState(NamedTuple):
     own_changed: int
     since: int
     farewell: str
+    egress: str = ""
+    ingress: bool = False
+    relay: bool = False
+    via: str = ""
+    deny: str = ""
+    next_key: str = ""
+    refresh: str = ""
+    refresh_at: int = 0
+
+
+class ClientState(NamedTuple):
+    """An enabled external client as its gateway hears of it; the fields are columns."""
+
+    id: str
+    key: str
+    ip: str
+    ip6: str
+    internet: bool
 
 
 # A change of these columns must be heard by the others, or by the node itself.
-RECORD_COLUMNS = frozenset(("name", "key", "ip", "ip6", "ips", "static", "port", "public", "at", "local", "lan", "punch"))
-OWN_COLUMNS = frozenset(("name", "ip", "ip6", "port", "keepalive", "mtu", "dns", "forwarding", "punch", "is_local"))
+RECORD_COLUMNS = frozenset((
+    "name", "key", "next_key", "ip", "ip6", "ips", "static", "port", "public", "at", "local", "lan", "punch", "egress",
+    "ingress", "via",
+))  # fmt: skip
+OWN_COLUMNS = frozenset((
+    "name", "ip", "ip6", "port", "keepalive", "mtu", "dns", "forwarding", "punch", "is_local", "egress", "ingress", "relay",
+    "deny", "refresh",
+))  # fmt: skip
+
+
+# How far the refresh of a node's key is (SPEC, §8): it waits for its turn; has to make a key; all shall list that; all change at
+# the time told. Silent: it did not do its part in time, and others go first.
+QUEUED, ASKED, LISTED, SWITCHING, SILENT = "queued", "asked", "listed", "switching", "silent"
+PATIENCE = 600  # seconds for making a key, and for listing it
+TRY_AGAIN = 3600  # seconds until a silent node that is back gets its turn again
 
 
 def dump(value: Any) -> bytes:
@@ -1288,16 +1380,32 @@ def seen_endpoint(node: NodeState, network: NetworkState) -> str:
     return "" if network.is_local else _endpoint(node.public, node.port)
 
 
-def record(node: NodeState, network: NetworkState) -> bytes:
+def hosts(ip: str, ip6: str) -> list[str]:
+    """The addresses of a node or client as ranges."""
+    return [ip + "/32"] * bool(ip) + [ip6 + "/128"] * bool(ip6)
+
+
+def egress_ranges(egress: str) -> list[str]:
+    """The ranges in that column of a node."""
+    return list(json.loads(egress)["ranges"]) if egress else []
+
+
+def record(node: NodeState, network: NetworkState, clients: Iterable[ClientState] = ()) -> bytes:
     """What every node of the network hears of this one, the same bytes for all."""
     punch = network.punch and node.punch and not network.is_local
     fields = {
         "id": node.id,
         "name": node.name,
         "key": node.key,
+        "next": node.next_key,
         "ip": node.ip,
         "ip6": node.ip6,
-        "ips": node.ips.split(",") if node.ips else "",
+        "ips": [
+            *filter(None, node.ips.split(",")),
+            *egress_ranges(node.egress),
+            *(ip for each in clients for ip in hosts(*each[2:4])),
+        ],
+        "via": node.via,
         "static": _endpoint(node.static, node.port),
         "at": node.at if punch else "",
         "seen": seen_endpoint(node, network),
@@ -1307,8 +1415,8 @@ def record(node: NodeState, network: NetworkState) -> bytes:
     return dump({name: value for name, value in fields.items() if value})
 
 
-def own_settings(node: NodeState, network: NetworkState) -> dict[str, Any]:
-    """`me`: what only the node itself hears. The last four only where they are not the default."""
+def own_settings(node: NodeState, network: NetworkState, clients: Iterable[ClientState] = ()) -> dict[str, Any]:
+    """`me`: what only the node itself hears. From `dns` on only where they are not the default."""
     fields: dict[str, Any] = {
         "name": node.name,
         "ip": node.ip,
@@ -1326,9 +1434,16 @@ def own_settings(node: NodeState, network: NetworkState) -> dict[str, Any]:
         "forwarding": (bool(node.forwarding), True),
         "punch": (bool(network.punch and node.punch), True),
         "local": (bool(network.is_local or node.is_local), False),
+        "refresh": (node.refresh not in ("", QUEUED), False),
     }
     fields.update({name: value for name, (value, usual) in unusual.items() if value != usual})
-    return fields
+    roles = {
+        "egress": node.egress and json.loads(node.egress),
+        "ingress": node.ingress and {"clients": [{k: v for k, v in each._asdict().items() if v} for each in clients]},
+        "forward": bool(node.ingress or node.relay),
+        "deny": node.deny.split(",")[:-1],
+    }
+    return {**fields, **{name: value for name, value in roles.items() if value}}
 
 
 def parse_word(word: str) -> tuple[int, str]:
@@ -1372,6 +1487,19 @@ def observed_endpoint(node: NodeState, reports: Iterable[Report], overlays: Sequ
     return "" if best == seen else best
 
 
+def next_refresh(node: NodeState, now: float, lead: int, here: bool, heard: bool, free: bool) -> tuple[str, int] | None:
+    """The next state of a node's key refresh, and the time that goes with it; None for no change.
+
+    lead: seconds in which every node that is here comes by; heard: all of them know the new key; free: no other one switches.
+    """
+    age = abs(now - node.refresh_at)  # also of a clock that went back
+    if node.refresh == LISTED and here and free and (heard or age > PATIENCE):
+        return SWITCHING, int(now) + lead + 1
+    if node.refresh == SILENT:
+        return (QUEUED, int(now)) if here and age > TRY_AGAIN else None
+    return (SILENT, int(now)) if age > (2 * lead + 30 if node.refresh == SWITCHING else PATIENCE) else None
+
+
 def free_port(wanted: int, taken: Iterable[int]) -> int:
     """The port a new node is told to listen on: no other node behind the same address may have it."""
     used = set(taken)
@@ -1407,6 +1535,53 @@ def install_line(url: str, token: str, script_sha256: str) -> str:
     return INSTALL_LINE.format(token=token, path=path, trust=trust, hash=script_sha256, url=quoted)
 
 
+def client_endpoint(network: Row, gateway: Row) -> str:
+    """Where a stranger finds a gateway; "" when nowhere."""
+    return _endpoint(gateway["static"] or gateway["local" if network["is_local"] else "public"], gateway["port"])
+
+
+def client_config(network: Row, gateway: Row, client: Row, routes: Iterable[str], private: str = "", preshared: str = "") -> str:
+    """The configuration of an external client, as phones and wg-quick take it."""
+    keepalive, mtu = (network[name] if gateway[name] is None else gateway[name] for name in ("keepalive", "mtu"))
+    allowed = ["0.0.0.0/0", "::/0"] if client["internet"] else [network["range"], network["range6"], *routes]
+    lines = {
+        "[Interface]\nPrivateKey": private or "# the client's own: it is not kept here",
+        "Address": ", ".join(hosts(client["ip"], client["ip6"])),
+        "DNS": client["resolver"] or network["client_dns"],
+        "MTU": mtu,
+        "\n[Peer]\nPublicKey": gateway["key"],
+        "PresharedKey": preshared,
+        "AllowedIPs": ", ".join(filter(None, allowed)),
+        "Endpoint": client_endpoint(network, gateway),
+        "PersistentKeepalive": keepalive,
+    }
+    return "".join("%s = %s\n" % line for line in lines.items() if line[1] != "")
+
+
+def qr(text: str, kind: str) -> bytes:
+    """A text as a QR picture: png or svg."""
+    try:
+        import segno
+    except ImportError as missing:
+        raise Busy("QR pictures need segno, which is not installed on the server: pip install segno") from missing
+    out = io.BytesIO()
+    segno.make(text, error="l").save(out, kind=kind, scale=3)  # some 250 pixels
+    return out.getvalue()
+
+
+def hosts_file(entries: Iterable[Row]) -> str:
+    """Names as CoreDNS' hosts plugin, dnsmasq and /etc/hosts take them."""
+    lines = ("%s %s.%s\n" % (row[kind], row["name"], row["network"]) for row in entries for kind in ("ip", "ip6") if row[kind])
+    return "# written by netmaker-lite; whatever is changed here is lost\n" + "".join(lines)
+
+
+def corefile(networks: Iterable[str]) -> str:
+    """CoreDNS' configuration, for a CoreDNS that is started in the folder of this file."""
+    zones = " ".join(networks)
+    own = "%s {\n    hosts netmaker.hosts {\n        ttl 60\n        reload 5s\n    }\n    errors\n}\n" % zones
+    return own * bool(zones) + ". {\n    reload 15s\n    forward . /etc/resolv.conf\n    cache 30\n    errors\n}\n"
+
+
 # --------------------------------------------------------------------------------------------------
 # MEMBERS
 # --------------------------------------------------------------------------------------------------
@@ -1420,15 +1595,17 @@ class Member:
     """One node in memory: its row, its keys, its record, and what is only written behind."""
 
     __slots__ = (
-        "answer_key", "box", "dirty", "epoch", "last_mac", "last_time", "mesh", "record", "request_key",
-        "row", "seen", "sequence",
+        "answer_key", "box", "clients", "dirty", "epoch", "have", "last_mac", "last_time", "mesh", "parked", "record",
+        "request_key", "row", "seen", "sequence",
     )  # fmt: skip
 
     def __init__(self, mesh: Any, row: NodeState) -> None:
         self.mesh, self.row = mesh, row
+        self.clients: list[ClientState] = []
         self.epoch, self.sequence = row.epoch, UNKNOWN
         self.last_mac, self.last_time = "", 0.0
         self.seen, self.dirty = row.last_seen, False
+        self.have, self.parked = -1, 0.0  # the newest counter that it has applied; until when its look waits
         self.request_key = self.answer_key = self.record = b""
         self.box: Any = None
 
@@ -1450,8 +1627,10 @@ class Mesh:
         self.members: dict[str, Member] = {}
         self.log: list[tuple[int, str]] = []  # (counter, node) in order, for deltas
         self.gone: dict[str, int] = {}
+        self.refreshing: set[str] = set()  # nodes that are at the refresh of their key
         self.tags: dict[int, str] = {}  # of words that this network has had
         self.blobs: dict[int, bytes] = {}  # since which counter → what all nodes share of the answer
+        self.names = b""
         self.lock = threading.RLock()
 
     def renew(self, state: NetworkState) -> None:
@@ -1491,7 +1670,7 @@ class Mesh:
         return b",".join(parts)
 
     def _record(self, member: Member) -> bytes:
-        member.record = member.record or record(member.row, self.state)
+        member.record = member.record or record(member.row, self.state, member.clients)
         return member.record
 
     def _is_active(self, node: str) -> bool:
@@ -1503,11 +1682,19 @@ NODE_SELECT = composed("SELECT %s FROM node WHERE ", ", ".join(NodeState._fields
 NETWORK_SELECT = composed("SELECT %s FROM network WHERE id = ?", ", ".join(NetworkState._fields))
 
 
+NAMES = (
+    "SELECT * FROM (SELECT network, name, ip, ip6, 'node' AS kind FROM node WHERE state = 'active' UNION ALL"
+    " SELECT network, name, ip, ip6, 'client' FROM client WHERE enabled UNION ALL"
+    " SELECT network, name, ip, ip6, 'custom' FROM dns) AS named WHERE ? IN ('', network) ORDER BY network, name"
+)
+
+
 class Members:
     """All networks in memory, by network, node and look capability."""
 
-    def __init__(self, store: Store) -> None:
-        self.store = store
+    def __init__(self, store: Store, nameserver: str = "", clock: Callable[[], float] = time.time) -> None:
+        self.store, self.clock = store, clock
+        self.own = {"nameserver": nameserver} if nameserver else {}
         self.meshes: dict[str, Mesh] = {}
         self.nodes: dict[str, Member] = {}
         self.looks: dict[str, Member] = {}
@@ -1541,7 +1728,27 @@ class Members:
             self.nodes[row.id] = self.looks[row.look] = mesh.members[row.id] = member
         else:
             member.renew(row)
+        member.clients = self._clients(row.id) if row.ingress else []
+        at_it = row.refresh not in ("", QUEUED) and row.state == ACTIVE
+        (mesh.refreshing.add if at_it else mesh.refreshing.discard)(row.id)
         return member
+
+    def _clients(self, gateway: str) -> list[ClientState]:
+        sql = "SELECT id, key, ip, ip6, internet FROM client WHERE gateway = ? AND enabled ORDER BY id"
+        return [ClientState._make((*row[:4], bool(row[4]))) for row in self.store.rows(sql, (gateway,))]
+
+    def _names(self, network: str) -> bytes:
+        """The names that no node has, as all nodes hear of them."""
+        rows = self.store.rows(NAMES.replace("ORDER", "AND kind != 'node' ORDER"), (network,))
+        return dump({name: [ip for ip in places if ip] for _, name, *places, _ in rows})
+
+    def mesh(self, network: str) -> Mesh | None:
+        """A network by its id, brought up to date."""
+        if network not in self.meshes:
+            self._load(network)
+        if network in self.meshes:
+            self.prove(self.meshes[network])
+        return self.meshes.get(network)
 
     def reload(self, node: str) -> Member | None:
         """After a change of this process that moved no word: the node's row as it is now."""
@@ -1553,6 +1760,7 @@ class Members:
             if member is not None:
                 self.looks.pop(member.row.look, None)
                 member.mesh.members.pop(node, None)
+                member.mesh.refreshing.discard(node)
 
     def prove(self, mesh: Mesh) -> bool:
         """Bring a network up to date; False when it is no more. One row read when nothing changed."""
@@ -1591,6 +1799,7 @@ class Members:
                 self._put(mesh, row)
                 mesh.log.append((row.changed, row.id))
             mesh.gone = self._gone_since(network, -1)
+            mesh.names = self._names(network) if mesh.state.names else b""
             self.meshes[network] = mesh
 
     def _catch_up(self, mesh: Mesh) -> None:
@@ -1604,6 +1813,8 @@ class Members:
         gone = self._gone_since(network, since)
         with mesh.lock:
             mesh.renew(NetworkState._make(found))
+            if mesh.state.names > since:
+                mesh.names = self._names(network)
             mesh.gone.update(gone)
             for row in map(NodeState._make, rows):
                 self._put(mesh, row)
@@ -1648,8 +1859,15 @@ class Members:
                 parts.append(mesh.shared(-1))
             else:
                 parts += [b'"from":' + dump(have), mesh.shared(since)]
+            if row.state == ACTIVE and mesh.state.names > max(since, 0):
+                parts.append(b'"names":' + mesh.names)
             if max(row.own_changed, mesh.state.settings) > since:
-                parts.append(b'"me":' + dump(own_settings(row, mesh.state)))
+                parts.append(b'"me":' + dump({**own_settings(row, mesh.state, member.clients), **self.own}))
+            rows = [mesh.members[node].row for node in list(mesh.refreshing) if node in mesh.members]
+            times = {each.id: each.refresh_at - self.clock() for each in rows if each.refresh == SWITCHING}
+            left = {node: round(seconds, 2) for node, seconds in times.items() if seconds > -60}  # not of a restored database
+            if left:
+                parts.append(b'"in":' + dump(left))
             return b"{" + b",".join(parts) + b"}"
 
     def dirty(self) -> list[tuple[int, int, int, int, str]]:
@@ -1773,6 +1991,7 @@ def give_up_key(settings: Settings) -> int:
         lost = len(store.rows("SELECT id FROM access_key"))
         batch = ListBatch()
         batch.delete("access_key", "id != ''")
+        batch.update("client", {"private": ""}, "private != ''")
         batch.update("meta", {"value": ""}, "key = 'pin'")
         store.apply(batch)
         return lost
@@ -1809,6 +2028,7 @@ def _check_ranges(core: Core, own: Row) -> None:
             for theirs in ranges:
                 if overlap(mine, theirs):
                     raise Clash("%s overlaps %s of the network %s: take another" % (mine, theirs, other))
+    check_routes("%(range)s %(range6)s" % own, _claims(core, ""))
 
 
 def add_network(core: Core, name: str, values: Row) -> Row:
@@ -1860,27 +2080,31 @@ def _lease(network: str, address: str, node: str) -> Row:
 
 
 def _change_ranges(core: Core, batch: NetworkBatch, old: Row, values: Row) -> None:
-    """Readdress every node in the same transaction."""
+    """Readdress every node and external client in the same transaction."""
     stamp = core.store.meta("networks")
     batch.update("meta", {"value": batch.stamp}, "key = 'networks' AND value = ?", stamp, must=True)
     batch.when("counter = ?", old["counter"])
     states = (ACTIVE, DISABLED, EXPIRED)
     condition = (Node.network == old["id"]) & Node.state.in_(states)
     members = core.store.select(Node.select(Node.id, Node.ip, Node.ip6).where(condition))
+    clients_ = core.store.select(Client.select(Client.id, Client.ip, Client.ip6).where(Client.network == old["id"]))
+    if clients_:
+        batch.set("names = counter + 1")
     moved = {
-        column: renumber(members, column, old[ranges], values[ranges])
+        column: renumber([*members, *clients_], column, old[ranges], values[ranges])
         for column, ranges in (("ip", "range"), ("ip6", "range6"))
         if ranges in values
     }
     batch.delete("lease", "network = ?", old["id"])
     highest = 0
     ranges = [{**old, **values}[name] for name in ("range", "range6")]
-    for node in members:
+    for node in [*members, *clients_]:
         new = {**node, **{column: places[node["id"]] for column, places in moved.items()}}
         for address in filter(None, (new["ip"], new["ip6"])):
             highest = max([highest, *(each.host(address) for each in pools(*ranges))])
             batch.insert("lease", _lease(old["id"], address, node["id"]))
         change = {"ip": new["ip"], "ip6": new["ip6"]}
+        batch.update("client", change, "id = ?", node["id"])
         change.update(changed=batch.counter, own_changed=batch.counter)
         batch.update("node", change, "id = ?", node["id"])
     last = min(each.last for each in pools(*ranges))
@@ -2055,19 +2279,26 @@ def remove_key(core: Core, network: str, name: str) -> Row:
 def nodes(core: Core, network: str) -> list[Row]:
     name = need_network(core, network)["id"]
     found = Node.select().where((Node.network == name) & (Node.state != REMOVED))
-    return core.store.select(found.order_by(Node.name))
+    return [_with_relayed(core, row) for row in core.store.select(found.order_by(Node.name))]
 
 
 def need_node(core: Core, network: str, text: str) -> Row:
-    """A node by its id or name."""
+    """A node by its id, name or address, or by a MAC address that no other has."""
     name = need_network(core, network)["id"]
-    living = (Node.network == name) & (Node.state != REMOVED)
-    found = core.store.get(Node.select().where(living & (Node.id == text))) or core.store.get(
-        Node.select().where(living & (Node.name == text.lower()))
-    )
-    if found is None:
-        raise Missing("%s has no node %s: `netmaker-lite node list %s` shows which there are" % (name, text, name))
-    return found
+    living, folded = (Node.network == name) & (Node.state != REMOVED), text.lower()
+    for column in (Node.id, Node.name, Node.ip, Node.ip6, Node.mac) if text else ():
+        found = core.store.select(Node.select().where(living & (column == folded)).limit(2))
+        if len(found) == 1:
+            return _with_relayed(core, found[0])
+    raise Missing("%s has no node %s: `netmaker-lite node list %s` shows which there are" % (name, text, name))
+
+
+def _with_relayed(core: Core, node: Row) -> Row:
+    """A relay with the addresses that it relays."""
+    if node["relay"]:
+        sql = "SELECT ip, ip6 FROM node WHERE network = ? AND via = ? ORDER BY name"
+        node["relayaddrs"] = [ip or ip6 for ip, ip6 in core.store.rows(sql, (node["network"], node["id"]))]
+    return node
 
 
 class Joining(NamedTuple):
@@ -2109,11 +2340,18 @@ def _move_in(core: Core, batch: NetworkBatch, network: Row, node: Row) -> Row:
         raise Clash(
             "the network has as many nodes as its limit allows (%d): raise nodelimit, or remove nodes" % network["node_limit"]
         )
+    batch.when("members < node_limit")
+    batch.set("members = members + 1")
+    return _settle(core, batch, network, node)
+
+
+def _settle(core: Core, batch: NetworkBatch, network: Row, node: Row) -> Row:
+    """Addresses for a node or external client: the wished ones, or the next."""
     ranges = pools(network["range"], network["range6"])
     held, released_ = partial(core.store.held, network["id"]), partial(core.store.released, network["id"])
     placement = place(ranges, network["cursor"], (node["ip"], node["ip6"]), held, released_)
-    batch.when("members < node_limit AND cursor = ?", network["cursor"])
-    batch.set("members = members + 1, cursor = ?", placement.cursor)
+    batch.when("cursor = ?", network["cursor"])
+    batch.set("cursor = ?", placement.cursor)
     for address in placement.addresses:
         _take(batch, network["id"], address, node["id"])
     by_version = {each.version: text for each, text in zip(ranges, placement.addresses)}
@@ -2121,16 +2359,30 @@ def _move_in(core: Core, batch: NetworkBatch, network: Row, node: Row) -> Row:
 
 
 def _check_key_free(core: Core, node: Row) -> None:
-    sql = "SELECT name FROM node WHERE network = ? AND key = ? AND state != 'removed' AND id != ?"
-    other = core.store.row(sql, (node["network"], node["key"], node["id"]))
+    sql = "SELECT '%s ' || name FROM %s WHERE network = ? AND key IN (?, ?) AND id != ?"
+    sql = composed(sql + " AND state != 'removed' UNION ALL " + sql + " UNION ALL ", "node", "node", "client", "client")
+    sql += "SELECT 'node ' || name FROM node WHERE network = ? AND next_key IN (?, ?) AND id != ? AND state != 'removed'"
+    keys = node["key"], node.get("next_key") or node["key"]
+    other = core.store.row(sql, (node["network"], *keys, node["id"]) * 3)
     if other:
-        raise Clash("the WireGuard key belongs to the node %s: make a new one" % other[0])
+        raise Clash("the WireGuard key belongs to the %s: make a new one" % other)
+
+
+NAMED = (
+    "(SELECT network, name, id FROM node WHERE state != 'removed' UNION ALL SELECT network, name, id FROM client"
+    " UNION ALL SELECT network, name, name FROM dns) AS named WHERE network = ? AND id != ?"
+)
 
 
 def unused_name(core: Core, network: str, wish: str, node: str = "") -> str:
-    """The wished name, or with -2, -3, … where another node of the network has it."""
-    sql = "SELECT name FROM node WHERE network = ? AND state != 'removed' AND id != ? AND name LIKE ?"
+    """The wished name, or with -2, -3, … where something else of the network has it."""
+    sql = composed("SELECT name FROM %s AND name LIKE ?", NAMED)
     return free_name(wish, (row[0] for row in core.store.rows(sql, (network, node, wish[:50] + "%"))))
+
+
+def _check_name_free(core: Core, network: str, name: str, whose: str) -> None:
+    if core.store.row(composed("SELECT 1 FROM %s AND name = ?", NAMED), (network, whose, name)):
+        raise Clash("the name %s is taken: choose another" % name)
 
 
 def _new_node(core: Core, network: Row, who: Joining) -> Row:
@@ -2188,6 +2440,7 @@ def join(core: Core, who: Joining) -> Row:
         values = _new_node(core, network, who)
         pending = not who.access_key
         batch = NetworkBatch(network["id"], core.now, heard=not pending)
+        batch.when("names = ?", network["names"])
         if pending:
             _sign_up(core, batch, network, who)
         else:
@@ -2219,7 +2472,7 @@ def add_node(core: Core, network: str, values: Row) -> Row:
         found = need_network(core, owner["id"])
         batch = NetworkBatch(owner["id"], core.now)
         who = Joining(owner["id"], "", "administrator", "", "", values)
-        new.update(_new_node(core, found, who), auth=NO_AGENT + secrets.token_hex(8), os="", confirmed=True)
+        new.update(_new_node(core, found, who), auth=NO_AGENT + secrets.token_hex(8), os="")
         new.update(_move_in(core, batch, found, new))
         if values.get("ips"):
             new["ips"] = check_routes(values["ips"], _owned(core, found, new))
@@ -2262,6 +2515,7 @@ def _set_state(core: Core, node: Row, action: str, state: str, before: Sequence[
             network = need_network(core, node["network"])
             new.update(_move_in(core, batch, network, _without_vain_wishes(core, network, now)))
         if state != ACTIVE:
+            new.update(next_key="", refresh="")
             _leave_lists(batch, now)
         batch.update("node", new, "id = ? AND state = ?", now["id"], now["state"], must=True)
         return batch
@@ -2297,7 +2551,7 @@ def remove_node(core: Core, node: Row, farewell: str = "the administrator remove
         batch.note = farewell
         if now["state"] != PENDING:
             batch.set("members = members - 1")
-        new: Row = {"state": REMOVED, "removed": core.now, "farewell": farewell, "ip": "", "ip6": ""}
+        new: Row = {"state": REMOVED, "removed": core.now, "farewell": farewell, **_without_roles(batch, now)}
         new.update(changed=batch.counter, own_changed=batch.counter, since=batch.counter)
         batch.update("node", new, "id = ? AND state = ?", now["id"], now["state"], must=True)
         free = {"node": None, "released": core.now}
@@ -2307,6 +2561,28 @@ def remove_node(core: Core, node: Row, farewell: str = "the administrator remove
 
     core.change(build, "node remove", node["network"], node["name"])
     return node
+
+
+def _without_roles(batch: NetworkBatch, node: Row) -> Row:
+    """The columns of a node that has gone; its clients go too, and whom it relayed is by itself again."""
+    if node["ingress"]:
+        _drop_clients(batch, node)
+    _set_free(batch, node)
+    rest = {"deny": Expression("REPLACE(deny, ?, '')", (node["id"] + ",",)), "own_changed": batch.counter}
+    batch.update("node", rest, "network = ? AND deny LIKE ?", node["network"], "%" + node["id"] + "%")
+    return {name: blank(Node)[name] for name in ("ip", "ip6", "egress", "via", "deny", "ingress", "relay")}
+
+
+def _set_free(batch: NetworkBatch, relay: Row) -> None:
+    batch.update("node", {"via": "", "changed": batch.counter}, "network = ? AND via = ?", batch.network, relay["id"])
+
+
+def _drop_clients(batch: NetworkBatch, gateway: Row, client: str = "") -> None:
+    """Forget the clients of a gateway, or one of them."""
+    mine, which = "IN (SELECT id FROM client WHERE gateway = ? AND ? IN ('', id))", (gateway["id"], client)
+    batch.update("lease", {"node": None, "released": batch.now}, "node " + mine, *which)
+    batch.delete("client", "id " + mine, *which)
+    batch.set("names = counter + 1")
 
 
 def reject(core: Core, node: Row) -> Row:
@@ -2355,10 +2631,9 @@ def amend(core: Core, batch: NetworkBatch, network: Row, node: Row, values: Row)
     """The columns of a node's UPDATE for new values, checked against the others; leases go along."""
     new = dict(values)
     if "name" in values:
-        sql = "SELECT 1 FROM node WHERE network = ? AND name = ? AND state != 'removed' AND id != ?"
-        if core.store.row(sql, (node["network"], values["name"], node["id"])):
-            raise Clash("the name %s is taken: choose another" % values["name"])
-    if "key" in values:
+        _check_name_free(core, node["network"], values["name"], node["id"])
+        batch.when("names = ?", network["names"])
+    if values.get("key") or values.get("next_key"):
         _check_key_free(core, {**node, **values})
     if node["state"] != PENDING:
         _move(core, batch, network, node, values)
@@ -2371,10 +2646,19 @@ def amend(core: Core, batch: NetworkBatch, network: Row, node: Row, values: Row)
 
 def _owned(core: Core, network: Row, node: Row) -> dict[str, str]:
     """The ranges that no node may claim for itself, and whose they are: the network's, and other nodes' extra ones."""
-    sql = "SELECT name, ips FROM node WHERE network = ? AND id != ? AND ips != '' AND state != 'removed'"
-    extra = core.store.rows(sql, (network["id"], node["id"]))
     own = dict.fromkeys((network["range"], network["range6"]), "the network's own range")
-    return {**own, **{text: "a range of the node " + name for name, ips in extra for text in ips.split(",")}}
+    return {**own, **_claims(core, network["id"], node["id"], "ips")}
+
+
+def _claims(core: Core, network: str, node: str = "", column: str = "") -> dict[str, str]:
+    """Ranges that nodes of a network ("": of any) have and whose they are, but for what is in a column of a node."""
+    sql = "SELECT id, name, ips, egress FROM node WHERE ? IN ('', network) AND state != 'removed' AND (ips != '' OR egress != '')"
+    found = {}
+    for id_, name, *texts in core.store.rows(sql, (network,)):
+        ranges = {"ips": texts[0].split(","), "egress": egress_ranges(texts[1])}
+        for kind in ranges.keys() - ({column} if id_ == node else ()):
+            found.update(dict.fromkeys(filter(None, ranges[kind]), "a range of the node " + name))
+    return found
 
 
 def set_node(core: Core, node: Row, values: Row) -> Row:
@@ -2416,9 +2700,416 @@ def sweep(core: Core) -> None:
         here = (Node.network == network["id"]) & (Node.state == ACTIVE) & ~Node.auth.startswith(NO_AGENT)
         for node in core.store.select(Node.select().where(here & (Node.last_seen < limit))):
             remove_node(core, node, "it was silent for longer than %s allows" % network["id"])
+    if core.store.row("SELECT 1 FROM client WHERE private != '' AND keyed <= ?", (core.now - KEPT,)):
+        batch = ListBatch()
+        batch.update("client", {"private": ""}, "keyed <= ?", core.now - KEPT)
+        core.store.apply(batch)
     left = (Node.state == REMOVED) & (Node.farewell == LEFT) & (Node.removed <= core.now - 86400)
     for node in core.store.select(Node.select().where(left)):
         forget_node(core, node["network"], node["id"])
+
+
+# ---- key refresh
+
+
+def refresh_keys(core: Core, network: str) -> Row:
+    """Put all nodes of a network whose agent makes its key in the queue for a new one."""
+    name = str(need_network(core, network)["id"])
+    _queue(core, name, "", "id != ''")
+    return need_network(core, name)
+
+
+def refresh_key(core: Core, node: Row) -> Row:
+    """Put one node in the queue for a new key."""
+    if node["keyed"]:
+        raise Clash("the key of %s was given by its user: join --force there takes another" % node["name"])
+    if node["state"] != ACTIVE or not node["confirmed"]:
+        raise Clash("the node %s is not active, or has no agent that could make a key" % node["name"])
+    _queue(core, node["network"], node["name"], "id = ?", node["id"])
+    return need_node(core, node["network"], node["id"])
+
+
+def _queue(core: Core, network: str, target: str, which: str, *bound: str) -> None:
+    def build() -> Batch:
+        batch = NetworkBatch(network, core.now, heard=False)
+        able = "network = ? AND state = 'active' AND confirmed AND NOT keyed AND refresh IN ('', 'silent') AND "
+        batch.update("node", {"refresh": QUEUED, "refresh_at": core.now}, able + which, network, *bound)
+        return batch
+
+    core.change(build, "key refresh", network, target)
+    start_refresh(core, network)
+
+
+def start_refresh(core: Core, network: str) -> None:
+    """Give the first in the queue its turn, unless it is another's. Who was seen lately comes first."""
+    sql = """network = ? AND state = 'active' AND refresh = 'queued' AND NOT EXISTS (SELECT 1 FROM node
+        WHERE network = ? AND state = 'active' AND refresh IN ('asked', 'listed', 'switching'))
+        ORDER BY last_seen < ?, refresh_at, name LIMIT 1"""
+    found = core.store.row(NODE_SELECT + sql, (network, network, core.now - 120))
+    if found is not None:
+        node = NodeState._make(found)
+        step_refresh(core, node, LISTED if node.next_key else ASKED, core.now)
+
+
+def step_refresh(core: Core, node: NodeState, state: str, at: int) -> None:
+    """Bring a node's refresh from the state that it was seen in to the next."""
+
+    def build() -> Batch | None:
+        same = "id = ? AND state = 'active' AND refresh = ? AND refresh_at = ?"
+        seen = (node.id, node.refresh, node.refresh_at)
+        if core.store.row(composed("SELECT 1 FROM node WHERE %s", same), seen) is None:
+            return None
+        batch = NetworkBatch(node.network, core.now)
+        new = {"refresh": state, "refresh_at": at, "own_changed": batch.counter}
+        batch.update("node", new, same, *seen, must=True)
+        return batch
+
+    core.store.change(build)
+    log.info("%s: the key refresh of %s is %s", node.network, node.name, state)
+
+
+def refreshed(core: Core, node: Row, values: Row) -> Row:
+    """The columns with what a node's report of its keys means for their refresh."""
+    key, new = values.get("key", node["key"]), values.get("next_key", node["next_key"])
+    if node["next_key"] and key == node["next_key"]:
+        return {**values, "next_key": "", "refresh": ""}
+    if new == node["next_key"]:
+        return values
+    lost = ASKED if node["refresh"] in (LISTED, SWITCHING) else node["refresh"]
+    return {**values, "refresh": LISTED if new else lost, "refresh_at": core.now}
+
+
+# ---- gateways
+
+Work = Callable[[Row, Row, NetworkBatch], Union[Row, None]]
+
+
+def _arrange(core: Core, node: Row, action: str, work: Work, target: str = "") -> Row:
+    """Change what a node is for others. `work`: (network, node, batch) to its new columns, None for nothing to do.
+
+    Nothing of the network may change meanwhile, so `work` can go by all that it reads there.
+    """
+
+    def build() -> Batch | None:
+        network = need_network(core, node["network"])
+        now = need_node(core, network["id"], node["id"])
+        batch = NetworkBatch(network["id"], core.now)
+        batch.when("counter = ?", network["counter"])
+        new = work(network, now, batch)
+        if new is None:
+            return None
+        heard = (("changed", RECORD_COLUMNS), ("own_changed", OWN_COLUMNS))
+        marks = {column: batch.counter for column, columns in heard if columns & new.keys()}
+        batch.update("node", {**new, **marks, "modified": core.now}, LIVING, now["id"], must=True)
+        batch.note = batch.note or told(new)
+        return batch
+
+    core.change(build, action, node["network"], target or node["name"])
+    return need_node(core, node["network"], node["id"])
+
+
+def _fixed_places(core: Core, network: Row, gateway: Row) -> dict[str, str]:
+    """Addresses to which no route through the mesh may lead, and whose they are."""
+    hosts_ = (agent.split_url(url)[1] for url in server_urls(core))
+    found = {host: "the server's address" for host in hosts_ if ":" in host or host.replace(".", "").isdigit()}
+    for node in nodes(core, network["id"]):
+        for place in filter(None, (node["static"], node["at"], node["public"])):
+            found[split_endpoint(_endpoint(place, 1))[0]] = "the endpoint of the node " + node["name"]
+        near = node["source"] == gateway["source"] or node["lan"] == gateway["lan"] != ""
+        if node["local"] and not near:
+            found[node["local"]] = "in the LAN of the node " + node["name"]
+    return found
+
+
+def create_egress(core: Core, node: Row, ranges: Sequence[str], interface: str = "", nat: bool = True, **hooks: str) -> Row:
+    """Make a node the gateway to these ranges behind it, and to no others any more. `hooks`: postup, postdown."""
+    interface = interface and agent.check_interface(interface)
+
+    def work(network: Row, now: Row, _: NetworkBatch) -> Row:
+        taken = {row[name]: "the range of the network " + row["id"] for row in networks(core) for name in ("range", "range6")}
+        taken.update(_fixed_places(core, network, now))
+        found = check_routes(",".join(ranges), {**taken, **_claims(core, network["id"], now["id"], "egress")})
+        if not found:
+            raise Invalid("an egress gateway needs ranges, like 192.168.7.0/24")
+        egress = {"ranges": found.split(","), "interface": interface, "nat": nat}
+        return {**hooks, "egress": dump(egress).decode()}
+
+    return _arrange(core, node, "node egress", work)
+
+
+def create_ingress(core: Core, node: Row) -> Row:
+    """Let external clients in at a node."""
+
+    def work(_: Row, now: Row, __: NetworkBatch) -> Row | None:
+        if now["auth"].startswith(NO_AGENT):
+            raise Clash("no agent runs on %s that could let clients in" % now["name"])
+        return None if now["ingress"] else {"ingress": True}
+
+    return _arrange(core, node, "node ingress", work)
+
+
+def create_relay(core: Core, node: Row, others: Sequence[str]) -> Row:
+    """Let a node carry the traffic of others (id, name or address), and of no others any more."""
+
+    def work(network: Row, now: Row, batch: NetworkBatch) -> Row:
+        if now["via"]:
+            raise Clash("%s is relayed itself: take it off that relay first" % now["name"])
+        _set_free(batch, now)
+        for text in others:
+            other = need_node(core, network["id"], text)
+            if other["id"] == now["id"] or other["relay"] or other["via"] not in ("", now["id"]):
+                raise Clash("%s is a relay, or has one: it cannot be relayed by %s" % (other["name"], now["name"]))
+            batch.update("node", {"via": now["id"], "changed": batch.counter}, LIVING, other["id"], must=True)
+        batch.note = " ".join(others)
+        return {"relay": True}
+
+    return _arrange(core, node, "node relay", work)
+
+
+def delete_role(core: Core, node: Row, role: str) -> Row:
+    """Make a node no egress, ingress or relay any more. The clients of an ingress go with it."""
+
+    def work(_: Row, now: Row, batch: NetworkBatch) -> Row | None:
+        if now[role] and role == "ingress":
+            _drop_clients(batch, now)
+        if role == "relay":
+            _set_free(batch, now)
+        return {role: blank(Node)[role]} if now[role] else None
+
+    return _arrange(core, node, "node %s off" % role, work)
+
+
+# ---- external clients
+
+KEPT = 15 * 60  # seconds that a client's private key is kept, sealed, for its file and picture
+
+
+def clients(core: Core, network: str = "") -> list[Row]:
+    """External clients of a network ("": of all), each with its gateway's `endpoint`, its configuration as of now (`file`)
+    and whether that is another than it was given (`outdated`). `secret`: its private key, as long as that is kept."""
+    found = []
+    for owner in [need_network(core, network)] if network else networks(core):
+        here = (Node.network == owner["id"]) & (Node.ingress | (Node.egress != ""))
+        gateways = {node["id"]: node for node in core.store.select(Node.select().where(here).order_by(Node.id))}
+        routes = [text for node in gateways.values() if node["state"] == ACTIVE for text in egress_ranges(node["egress"])]
+        for row in core.store.select(Client.select().where(Client.network == owner["id"]).order_by(Client.name)):
+            gateway = gateways[row["gateway"]]
+            config = partial(client_config, owner, gateway, row, routes)
+            made = blake2b(config().encode(), digest_size=8).hexdigest()
+            kept = row["private"] and core.now < row["keyed"] + KEPT
+            secret = _base64(core.key.unseal(row["id"], row["private"])) if kept else ""
+            row.update(endpoint=client_endpoint(owner, gateway), outdated=made != row["made"], made=made, secret=secret)
+            found.append({**row, "file": config(secret, preshared_key(core, gateway, row))})
+    return found
+
+
+def need_client(core: Core, network: str, text: str) -> Row:
+    """An external client by its id or name."""
+    for row in clients(core, network):
+        if text.lower() in (row["id"], row["name"]):
+            return row
+    raise Missing("%s has no client %s: `netmaker-lite client list %s` shows which there are" % (network, text, network))
+
+
+def _base64(raw: bytes) -> str:
+    return base64.b64encode(raw).decode()
+
+
+def preshared_key(core: Core, gateway: Row, client: Row) -> str:
+    """What gateway and client share beside their keys; the gateway computes the same (docs/protocol.md)."""
+    auth = unb64(gateway["auth"])
+    key = label_key(core.key.shared(auth), "client", auth, core.key.pin, gateway["network"])
+    return _base64(blake2b((client["id"] + "\n" + client["key"]).encode(), key=key, digest_size=32).digest())
+
+
+def picture_of(client: Row, kind: str) -> bytes:
+    """The configuration of a client as a QR picture: png or svg."""
+    if not client["secret"]:
+        raise UsedUp("the private key of %s is not here any more: renew the client, or take the file" % client["name"])
+    return qr(client["file"], kind)
+
+
+def _keyed(core: Core, client: str, key: str) -> Row:
+    """The columns of a key that somebody has, or of a pair made now."""
+    private = "" if key else agent.new_private()
+    sealed = private and core.key.seal(client, b64(base64.b64decode(private)))
+    return {"key": key or agent.derived_public(private), "private": sealed, "keyed": core.now}
+
+
+def _given(core: Core, network: str, client: str) -> Row:
+    """A client as it is answered once, with its private key: it has the configuration as of now."""
+    row = need_client(core, network, client)
+    batch = NetworkBatch(row["network"], core.now, heard=False)
+    batch.update("client", {"made": row["made"]}, "id = ?", client)
+    core.store.apply(batch)
+    return {**row, "outdated": False, "privatekey": row["secret"], "config": row["file"]}
+
+
+def add_client(core: Core, gateway: Row, values: Row) -> Row:
+    """An external client at an ingress gateway. `values`: columns name, key, resolver, internet."""
+    new = {**blank(Client), **values, "id": secrets.token_hex(8), "network": gateway["network"], "gateway": gateway["id"]}
+    new.update(_keyed(core, new["id"], values.get("key", "")), created=core.now, modified=core.now)
+
+    def work(network: Row, now: Row, batch: NetworkBatch) -> Row:
+        if not now["ingress"]:
+            words = (now["name"], network["id"], now["name"])
+            raise Clash("%s is no ingress gateway: `netmaker-lite node ingress %s %s` makes it one" % words)
+        if not client_endpoint(network, now):
+            raise Clash("nobody outside can reach %s: set its endpoint first" % now["name"])
+        row = {**new, "name": values.get("name") or unused_name(core, network["id"], "client")}
+        _check_client(core, batch, row)
+        batch.insert("client", {**row, **_settle(core, batch, network, row)})
+        batch.note = told({"gateway": now["name"], **values})
+        return {"ingress": True}
+
+    _arrange(core, gateway, "client add", work, values.get("name", ""))
+    return _given(core, new["network"], new["id"])
+
+
+def _check_client(core: Core, batch: NetworkBatch, row: Row) -> None:
+    _check_key_free(core, row)
+    _check_name_free(core, row["network"], row["name"], row["id"])
+    batch.set("names = counter + 1")
+
+
+def set_client(core: Core, client: Row, values: Row, action: str = "client set") -> Row:
+    """Change name, enabled, resolver or internet of a client."""
+
+    def work(network: Row, now: Row, batch: NetworkBatch) -> Row | None:
+        old = need_client(core, network["id"], client["id"])
+        new = differences(old, values)
+        if not new:
+            return None
+        _check_client(core, batch, {**old, **new})
+        batch.update("client", {**new, "modified": core.now}, "id = ?", client["id"], must=True)
+        batch.note = told({column: value for column, value in new.items() if column not in ("private", "keyed")})
+        return {"ingress": True}
+
+    _arrange(core, need_node(core, client["network"], client["gateway"]), action, work, client["name"])
+    return need_client(core, client["network"], client["id"])
+
+
+def renew_client(core: Core, client: Row, key: str = "") -> Row:
+    """A new pair, or a key that somebody has, and the configuration as of now."""
+    set_client(core, client, _keyed(core, client["id"], key), "client renew")
+    return _given(core, client["network"], client["id"])
+
+
+def remove_client(core: Core, client: Row) -> None:
+    def work(_: Row, now: Row, batch: NetworkBatch) -> Row:
+        _drop_clients(batch, now, client["id"])
+        batch.note = told({"gateway": now["name"]})
+        return {"ingress": True}
+
+    _arrange(core, need_node(core, client["network"], client["gateway"]), "client remove", work, client["name"])
+
+
+# ---- names
+
+
+def check_host_name(text: str) -> str:
+    """Labels of letters, digits and '-' with dots between them, folded."""
+    folded = text.lower()
+    if len(folded) > 192 or not re.fullmatch(r"(?!.*[.-]\.|-|.*-$|.*[^.]{64})[a-z0-9-]+(\.[a-z0-9][a-z0-9-]*)*", folded):
+        raise Invalid("%.200r is no host name: letters, digits and '-', with dots between the parts" % text)
+    return folded
+
+
+def names(core: Core, network: str = "") -> list[Row]:
+    """The names of a network ("": of all); `kind` is node, client or custom."""
+    owner = need_network(core, network)["id"] if network else ""
+    return [dict(zip(("network", "name", "ip", "ip6", "kind"), row)) for row in core.store.rows(NAMES, (owner,))]
+
+
+def need_name(core: Core, network: str, name: str) -> Row:
+    """A name that somebody wrote down."""
+    for row in names(core, network):
+        if (row["name"], row["kind"]) == (name.lower(), "custom"):
+            return row
+    raise Missing("%s has no entry %s: `netmaker-lite dns list %s` shows which there are" % (network, name, network))
+
+
+def set_name(core: Core, network: str, name: str, values: Row | None) -> Row:
+    """Write down a name, or change what `name` is: columns name, ip, ip6; None forgets it."""
+    new: Row = {}
+
+    def build() -> Batch:
+        owner = need_network(core, network)
+        batch = NetworkBatch(owner["id"], core.now)
+        batch.when("counter = ?", owner["counter"])
+        batch.set("names = counter + 1")
+        old = need_name(core, network, name) if name else {"network": owner["id"], "name": "", "ip": "", "ip6": ""}
+        new.update({**old, **(values or {})})
+        batch.delete("dns", "network = ? AND name = ?", owner["id"], old["name"])
+        if values is not None:
+            if not new["name"] or not new["ip"] + new["ip6"]:
+                raise Invalid("an entry needs a name and an address")
+            _check_name_free(core, owner["id"], new["name"], old["name"])
+            batch.insert("dns", {column: new[column] for column in ("network", "name", "ip", "ip6")})
+            batch.note = told(values)
+        return batch
+
+    target = name or (values or {}).get("name", "")
+    core.change(build, "dns remove" if values is None else "dns set", network.lower(), target)
+    return new
+
+
+def write_names(core: Core) -> None:
+    """The files for CoreDNS, in the folder `dnsconfig`: those that are not yet as they should be."""
+    folder = os.path.join(core.store.folder, "dnsconfig")
+    os.makedirs(folder, mode=0o755, exist_ok=True)
+    texts = {"netmaker.hosts": hosts_file(names(core)), "Corefile": corefile(row["id"] for row in networks(core))}
+    for name, text in texts.items():
+        path = os.path.join(folder, name)
+        if agent.read_text(path) != text:
+            write_private(path, text.encode(), True, 0o644)
+
+
+def tell_nameserver(core: Core) -> str:
+    """The nameserver's address that agents are told; all hear of another one."""
+    address = str(core.settings["COREDNS_ADDR"]) if core.settings["DNS_MODE"] == "on" else ""
+    if address != core.store.meta("nameserver"):
+        core.store.set_meta("nameserver", address)
+        for network in networks(core):
+            batch = NetworkBatch(network["id"], core.now)
+            batch.set("settings = counter + 1")
+            core.store.apply(batch)
+    return address
+
+
+# ---- access between nodes
+
+
+def _pair(one: Row, other: Row) -> Row:
+    return {"node1": one["id"], "name1": one["name"], "node2": other["id"], "name2": other["name"]}
+
+
+def denials(core: Core, network: str) -> list[Row]:
+    """The pairs of nodes that must not know each other."""
+    found = {node["id"]: node for node in nodes(core, network)}
+    pairs = [(node, found[other]) for node in found.values() for other in node["deny"].split(",")[:-1]]
+    return [_pair(one, other) for one, other in pairs if one["name"] < other["name"]]
+
+
+def set_denied(core: Core, network: str, node1: str, node2: str, denied: bool) -> Row:
+    """Whether two nodes must not know each other: neither configures the other then."""
+    one, other = need_node(core, network, node1), need_node(core, network, node2)
+    if one["id"] == other["id"]:
+        raise Invalid("a pair is of two nodes")
+
+    def build() -> Batch | None:
+        if (other["id"] in need_node(core, network, one["id"])["deny"]) == denied:
+            return None
+        batch = NetworkBatch(one["network"], core.now)
+        for node, far in ((one, other), (other, one)):
+            mark = far["id"] + ","
+            rest = {"deny": Expression("REPLACE(deny, ?, '') || ?", (mark, mark * denied)), "own_changed": batch.counter}
+            batch.update("node", rest, LIVING, node["id"], must=True)
+        batch.note = other["name"]
+        return batch
+
+    core.change(build, "acl deny" if denied else "acl allow", one["network"], one["name"])
+    return _pair(one, other)
 
 
 # ---- the whole
@@ -2572,14 +3263,18 @@ def restore(settings: Settings, path: str) -> Restored:
 COUNTED = "state IN ('active', 'disabled', 'expired')"
 CHECKS = {
     **{
-        "%s without a lease" % column: composed(
-            "SELECT name, network FROM node WHERE %s AND %s != '' AND NOT EXISTS (SELECT 1 FROM lease"
-            " WHERE lease.network = node.network AND address = %s AND lease.node = id)", COUNTED, column, column
+        "%s of a %s without a lease" % (column, table): composed(
+            "SELECT name, network FROM %s AS one WHERE %s AND %s != '' AND NOT EXISTS (SELECT 1 FROM lease"
+            " WHERE lease.network = one.network AND address = %s AND lease.node = id)", table, living, column, column
         )
         for column in ("ip", "ip6")
+        for table, living in (("node", COUNTED), ("client", "gateway IN (SELECT id FROM node WHERE ingress)"))
     },
+    "client without its gateway": "SELECT name, network FROM client WHERE gateway NOT IN (SELECT id FROM node WHERE ingress)",
+    "node relayed by none": "SELECT name, network FROM node WHERE via != '' AND via NOT IN (SELECT id FROM node WHERE relay)",
     "lease without a node": "SELECT address, network FROM lease WHERE node IS NOT NULL AND NOT EXISTS"
-    " (SELECT 1 FROM node WHERE id = lease.node AND address IN (ip, ip6))",
+    " (SELECT 1 FROM node WHERE id = lease.node AND address IN (ip, ip6))"
+    " AND NOT EXISTS (SELECT 1 FROM client WHERE id = lease.node AND address IN (ip, ip6))",
     "address held twice": composed(
         "SELECT ip, network FROM node WHERE ip != '' AND %s GROUP BY network, ip HAVING COUNT(*) > 1", COUNTED
     ),
@@ -2683,6 +3378,8 @@ KEEPALIVE, MTU = as_number(0, 1000), as_number(576, 9200)
 PRINTABLE = r"[ -~]{0,80}"
 FACTS: dict[str, tuple[str, Check]] = {  # name on the wire → column, check
     "key": ("key", as_text(check_key)),
+    "next": ("next_key", as_text(check_key, True)),
+    "keyed": ("keyed", as_flag),
     "port": ("port", check_port),
     "endpoint": ("static", _address()),
     "fixed": ("fixed", as_flag),
@@ -2691,6 +3388,7 @@ FACTS: dict[str, tuple[str, Check]] = {  # name on the wire → column, check
     "os": ("os", as_pattern(PRINTABLE)),
     "version": ("version", as_pattern(PRINTABLE)),
     "machine": ("machine", as_pattern("[A-Za-z0-9_-]{0,64}")),
+    "mac": ("mac", as_pattern("([0-9a-f]{2}(:[0-9a-f]{2}){5})?")),
 }
 WISHES: dict[str, tuple[str, Check]] = {
     "name": ("name", as_text(check_name)),
@@ -3011,7 +3709,7 @@ class Agents:
 
     def __init__(self, core: Core, sight: Sight) -> None:
         self.core, self.sight = core, sight
-        self.members = Members(core.store)
+        self.members = Members(core.store, tell_nameserver(core), lambda: core.clock())
         self.bell = Bell(core.settings["POLL_LIMIT"])
         self.failures = Failures(20, 20 / 60)
         self.interval = core.settings["CHECKIN_INTERVAL"]
@@ -3187,6 +3885,7 @@ class Agents:
             self._commit(member, order, told, signer.source, public)
         member.see(now)
         member.last_mac, member.last_time = request.mac, now
+        self._confirmed(member, request.have, told)
         return self._present(member, request, signer)
 
     def _present(self, member: Member, request: Request, signer: Signer) -> Reply:
@@ -3253,7 +3952,7 @@ class Agents:
                     "another machine uses this node's identity: is this a copy of its disk? Then join it again with --force"
                 )
             values["machine_changed"] = self.core.now
-        values["machine"] = machine
+        values = {**refreshed(self.core, node, values), "machine": machine}
         if node["at"] and values["public"] not in ("", split_endpoint(node["at"])[0]):
             values["at"] = ""
         return values
@@ -3322,11 +4021,47 @@ class Agents:
             if member is not None and self.members.prove(member.mesh):
                 self.settle(member.mesh, (node,))
 
+    # ---- key refresh
+
+    def _confirmed(self, member: Member, have: str, told: Exchange | None) -> None:
+        """Note which revision a node has applied: a key refresh may have waited for that, or for its keys."""
+        mesh = member.mesh
+        counter = mesh.state.counter if have == mesh.word else member.have
+        news = counter > member.have and mesh.refreshing
+        member.have = counter
+        if news or (told is not None and told.values.keys() & {"key", "next_key"}):
+            self.refresh(mesh)
+
+    def refresh(self, mesh: Mesh) -> None:
+        """Take the key refresh of a network as far as it can go now."""
+        now, interval = self.core.clock(), mesh.state.interval or self.interval
+        active = [member for member in list(mesh.members.values()) if member.row.state == ACTIVE]
+        here = [member for member in active if now - max(member.seen, member.parked) <= 2 * interval]
+        lead = 5 + (0 if all(now - member.parked <= 2 * interval for member in here) else interval)
+        at_it = [member for member in active if member.row.refresh not in ("", QUEUED)]
+        for member in at_it:
+            heard = all(other.have >= member.row.changed for other in here)
+            free = all(other.row.refresh != SWITCHING for other in at_it)
+            step = next_refresh(member.row, now, lead, member in here, heard, free)
+            if step:
+                step_refresh(self.core, member.row, *step)
+                self.members.prove(mesh)
+        if all(member.row.refresh in ("", QUEUED, SILENT) for member in at_it):
+            start_refresh(self.core, mesh.state.id)
+            self.members.prove(mesh)
+
+    def refresh_due(self) -> None:
+        """What time alone brings about in key refreshes, and what other processes have asked for."""
+        for (network,) in self.core.store.rows("SELECT DISTINCT network FROM node WHERE refresh != '' AND state = 'active'"):
+            mesh = self.members.mesh(network)
+            if mesh is not None:
+                self.refresh(mesh)
+
     # ---- look
 
     def look(self, capability: str, have: str, source: str, wait: float) -> Reply:
         """The present word, or "!" for "come with an exchange"; held until it is not `have`."""
-        said = self._look(capability, source)
+        said = self._look(capability, source, min(wait, MAX_WAIT))
         if said != have or said == "!" or wait <= 0:  # a stranger waits for nothing
             return Reply(200, said.encode())
         if not self.bell.enter():
@@ -3335,20 +4070,21 @@ class Agents:
             end = time.monotonic() + min(wait, MAX_WAIT)
             while said == have and not self.bell.stopped and time.monotonic() < end:
                 rung = self.bell.rung
-                said = self._look(capability, source)
+                said = self._look(capability, source, end - time.monotonic())
                 if said == have:
                     self.bell.wait(rung, end - time.monotonic())
             return Reply(200, said.encode())
         finally:
             self.bell.leave()
 
-    def _look(self, capability: str, source: str) -> str:
+    def _look(self, capability: str, source: str, wait: float) -> str:
         member = self.members.by_look(capability)
         if member is None or not self.members.prove(member.mesh):
             return "!"
         if member.row.state == REMOVED or member.row.source != source:
             return "!"
         member.see(self.core.clock())
+        member.parked = max(member.parked, member.seen + wait) if wait > 0 else member.parked
         mesh: Mesh = member.mesh
         return mesh.word
 
@@ -3699,6 +4435,8 @@ class OrNothing:
 
 
 check_display = Pattern("[A-Za-z0-9_./;% ^#()!@$*-]{1,20}", "no display name: 1 to 20 letters, digits, blanks or -_./;%^#()!@$*")
+check_mac = Pattern("([0-9a-f]{2}(:[0-9a-f]{2}){5})?", "no MAC address: six pairs of hex digits with colons between them")
+check_hook = Pattern("[ -~]{0,1000}", "no line of at most 1000 plain characters")
 check_interface = Pattern("[A-Za-z0-9][A-Za-z0-9._-]{0,14}", "no interface name: 1 to 15 letters, digits, '.', '_' or '-'")
 
 
@@ -3707,6 +4445,10 @@ def check_local_range(text: str) -> str:
         return str(ipaddress.ip_network(text, strict=False))
     except ValueError as bad:
         raise Invalid("%.80r is no range: ADDRESS/BITS, like 192.168.1.0/24" % text) from bad
+
+
+def check_addresses(text: str) -> str:
+    return ", ".join(map(check_address, text.replace(",", " ").split()))
 
 
 def check_static(text: str) -> str:
@@ -3777,7 +4519,8 @@ NETWORK_FIELDS = (
     Field("nodeslastmodified", "nodes_modified", None, "number"),
     Field("accesskeys", lambda row: [], None, "texts"),
     Field("keyupdatetimestamp", lambda row: 0, None, "number"),
-    *(Field(name, lambda row: "") for name in ("defaultpostup", "defaultpostdown", "defaultextclientdns")),
+    Field("defaultextclientdns", "client_dns", check_addresses),
+    *(Field(name, lambda row: "") for name in ("defaultpostup", "defaultpostdown")),
     *(Field(name, lambda row: False, None, "flag") for name in ("defaultsaveconfig", "isgrpchub")),
 )
 
@@ -3804,7 +4547,7 @@ def node_status(row: Row) -> str:
 
 NODE_FIELDS = (
     Field("id", "id"),
-    Field("macaddress", "id"),
+    Field("macaddress", lambda row: row["mac"] or row["id"], lambda text: check_mac(text.lower())),
     Field("name", "name", check_name),
     Field("network", "network"),
     Field("address", leased("ip"), lambda text: check_address(text, 4)),
@@ -3841,13 +4584,25 @@ NODE_FIELDS = (
     Field("version", "version"),
     Field("observedendpoint", "at"),
     Field("rejected", "rejected"),
+    Field("isegressgateway", lambda row: bool(row["egress"]), None, "flag"),
+    Field("egressgatewayranges", lambda row: egress_ranges(row["egress"]), None, "texts"),
+    Field("egressgatewayinterface", lambda row: json.loads(row["egress"])["interface"] if row["egress"] else ""),
+    Field("egressgatewaynat", lambda row: row["egress"] != "" and json.loads(row["egress"])["nat"], None, "flag"),
+    Field("isingressgateway", "ingress"),
+    Field("ingressgatewayrange", lambda row: row["ranges"] if row["ingress"] else ""),
+    Field("isrelay", "relay"),
+    Field("isrelayed", lambda row: bool(row["via"]), None, "flag"),
+    Field("relayaddrs", lambda row: row.get("relayaddrs", []), None, "texts"),
+    *(Field(name, name, check_hook) for name in ("postup", "postdown")),
     Field("seenby", "", None, "object"),  # of one node only
     Field("isserver", lambda row: False, None, "flag"),
     Field("saveconfig", lambda row: False, None, "flag"),
     Field("pullchanges", lambda row: False, None, "flag"),
     Field("action", lambda row: "noop"),
     *(Field(name, lambda row: "") for name in ("password", "accesskey", "localrange")),
-    *(Field(name, lambda row: 0, None, "number") for name in ("lastpeerupdate", "keyupdatetimestamp")),
+    Field("keyrefresh", "refresh"),
+    Field("keyupdatetimestamp", "refresh_at", None, "number"),
+    Field("lastpeerupdate", lambda row: 0, None, "number"),
 )
 NEW_NODE = tuple(Field("publickey", "key", check_key) if field.name == "publickey" else field for field in NODE_FIELDS)
 KEY_FIELDS = (
@@ -3875,6 +4630,42 @@ TOKEN_FIELDS = (
     Field("created", "created", None, "number"),
     Field("value", lambda row: row.get("value", "")),
 )
+CLIENT_FIELDS = (
+    Field("clientid", "name", check_name),
+    Field("network", "network"),
+    Field("publickey", "key", check_key),
+    Field("address", "ip"),
+    Field("address6", "ip6"),
+    Field("ingressgatewayid", "gateway"),
+    Field("ingressgatewayendpoint", "endpoint"),
+    Field("dns", "resolver", check_addresses),
+    Field("internet", "internet", YES_NO),
+    Field("enabled", "enabled", YES_NO),
+    Field("outdated", "outdated", None, "flag"),
+    Field("created", "created", None, "number"),
+    Field("lastmodified", "modified", None, "number"),
+    Field("privatekey", lambda row: row.get("privatekey", "")),
+    Field("config", lambda row: row.get("config", "")),
+    Field("description", lambda row: ""),
+)
+DNS_FIELDS = (
+    Field("name", "name", check_host_name),
+    Field("address", "ip", OrNothing(check_address)),
+    Field("address6", "ip6", OrNothing(lambda text: check_address(text, 6))),
+    Field("network", "network"),
+)
+DENIAL_FIELDS = (Field("node1", "node1", str), Field("name1", "name1"), Field("node2", "node2", str), Field("name2", "name2"))
+GATEWAY_TAKES = (
+    *(Field(name, "", str) for name in ("ranges", "rangestring", "interface")),
+    *(
+        Field("postup", "", check_hook),
+        Field("postdown", "", check_hook),
+        Field("nat", "", YES_NO),
+        Field("nodeid"),
+        Field("netid"),
+    ),
+)
+RELAY_TAKES = (Field("relayaddrs", "", str, "texts"), *GATEWAY_TAKES[-2:])
 AUDIT_FIELDS = tuple(
     Field(name, name, None, "number" if name == "time" else "")
     for name in ("time", "who", "source", "network", "action", "target", "detail")
@@ -3883,9 +4674,12 @@ KEY_TAKES = (
     *(KEY_FIELDS[0], KEY_FIELDS[2], KEY_FIELDS[3], Field("expires", "", OrNothing(check_until, None))),
     *map(Field, ("value", "accessstring")),
 )
-NEW_NODE_COLUMNS = ("name", "key", "ip", "ip6", "ips", "static", "port", "keepalive", "mtu", "expires")
+NEW_NODE_COLUMNS = ("name", "mac", "key", "ip", "ip6", "ips", "static", "port", "keepalive", "mtu", "expires")
 BOOLEANS = frozenset(
-    column for model in (Network, Node) for column, field in model._meta.fields.items() if isinstance(field, peewee.BooleanField)
+    column
+    for model in (Network, Node, Client)
+    for column, field in model._meta.fields.items()
+    if isinstance(field, peewee.BooleanField)
 )
 
 
@@ -3912,6 +4706,7 @@ def view_node(row: Row, network: Row, settings: Settings) -> Row:
     """A node; what it has no value of its own for is the network's."""
     inherited = {name: network[name] for name in ("keepalive", "mtu") if row[name] is None}
     rest = {"interface": network["interface"], "interval": network["interval"] or settings["CHECKIN_INTERVAL"]}
+    rest["ranges"] = network["range"] or network["range6"]
     return view({**row, **inherited, **rest}, NODE_FIELDS)
 
 
@@ -3970,7 +4765,14 @@ def columns(values: Row, fields: Sequence[Field], others: Mapping[str, str] = Ma
     return found
 
 
-NODE_COLUMNS = {"address": "ip", "address6": "ip6", "allowedips": "ips", "endpoint": "static", "expdatetime": "expires"}
+NODE_COLUMNS = {
+    "macaddress": "mac",
+    "address": "ip",
+    "address6": "ip6",
+    "allowedips": "ips",
+    "endpoint": "static",
+    "expdatetime": "expires",
+}
 
 
 def node_columns(values: Row, node: Row, insisted: bool = False) -> Row:
@@ -4383,8 +5185,135 @@ def node_handler(action: Callable[[Core, Row], Row]) -> Callable[[Call], Any]:
     return lambda call: call.show(action(call.core, call.node))
 
 
+def update_keys(call: Call) -> Any:
+    """New WireGuard keys for all nodes of a network, one after the other, without a cut."""
+    return view_network(refresh_keys(call.core, call.path["n"]), call.core.settings)
+
+
 def last_modified(call: Call) -> Any:
     return call.network["nodes_modified"]
+
+
+# ---- gateways and access
+
+
+def make_egress(call: Call) -> Any:
+    values = parse_fields(call.body, GATEWAY_TAKES)
+    text, ranges = values.pop("rangestring", ""), values.pop("ranges", "")
+    return call.show(create_egress(call.core, call.node, [ranges or text], **values))
+
+
+def make_relay(call: Call) -> Any:
+    found = parse_fields(call.body, RELAY_TAKES).get("relayaddrs", "")
+    return call.show(create_relay(call.core, call.node, found.replace(",", " ").split()))
+
+
+def role_ender(role: str) -> Callable[[Call], Any]:
+    return lambda call: call.show(delete_role(call.core, call.node, role.replace("gateway", "egress")))
+
+
+def get_denials(call: Call) -> Any:
+    return denials(call.core, call.path["n"])
+
+
+def new_denial(call: Call) -> Any:
+    given = {"node1": "", "node2": "", **parse_fields(call.body, DENIAL_FIELDS)}
+    return set_denied(call.core, call.path["n"], **given, denied=True)
+
+
+def delete_denial(call: Call) -> Any:
+    pair = set_denied(call.core, call.path["n"], call.path["node1"], call.path["node2"], False)
+    return Message("%(name1)s and %(name2)s may know each other" % pair)
+
+
+# ---- external clients
+
+
+def get_clients(call: Call) -> Any:
+    return [
+        view(row, CLIENT_FIELDS) for row in clients(call.core, call.path.get("n", "")) if call.core.caller.may(row["network"])
+    ]
+
+
+def _client_of(call: Call) -> Row:
+    return need_client(call.core, call.path["n"], call.path["id"])
+
+
+def get_client(call: Call) -> Any:
+    return view(_client_of(call), CLIENT_FIELDS)
+
+
+def client_file(call: Call) -> Any:
+    """The configuration: as `file`, or as `qr` (PNG) or `svg` picture."""
+    row, form = _client_of(call), call.path["type"]
+    kinds = {"file": "text/plain; charset=utf-8", "qr": "image/png", "svg": "image/svg+xml"}
+    if form not in kinds:
+        raise Missing("there is %s of a client, not %s" % (", ".join(kinds), form))
+    bottle.response.set_header("Cache-Control", "no-store")
+    if form == "file":
+        bottle.response.set_header("Content-Disposition", 'attachment; filename="%s.conf"' % row["name"])
+    body = row["file"].encode() if form == "file" else picture_of(row, form.replace("qr", "png"))
+    return call.web.send(Reply(200, body), kinds[form])
+
+
+def new_client(call: Call) -> Any:
+    values = columns(parse_fields(call.body, CLIENT_FIELDS), CLIENT_FIELDS)
+    return view(add_client(call.core, call.node, values), CLIENT_FIELDS)
+
+
+def put_client(call: Call) -> Any:
+    row = _client_of(call)
+    values = columns(parse_fields(call.body, CLIENT_FIELDS, view(row, CLIENT_FIELDS)), CLIENT_FIELDS)
+    if "key" in values:
+        raise Invalid("publickey: renew the client for another key")
+    return view(set_client(call.core, row, values), CLIENT_FIELDS)
+
+
+def new_client_key(call: Call) -> Any:
+    values = parse_fields(call.body, CLIENT_FIELDS)
+    return view(renew_client(call.core, _client_of(call), values.get("publickey", "")), CLIENT_FIELDS)
+
+
+def delete_client(call: Call) -> Any:
+    row = _client_of(call)
+    remove_client(call.core, row)
+    return Message("client %s deleted" % row["name"])
+
+
+# ---- names
+
+
+def get_names(call: Call, *kinds: str) -> Any:
+    found = names(call.core, call.path.get("n", ""))
+    return [view(row, DNS_FIELDS) for row in found if not kinds or row["kind"] in kinds]
+
+
+def _name_values(call: Call, shown: Row) -> Row:
+    found = columns(parse_fields(call.body, DNS_FIELDS, shown), DNS_FIELDS)
+    if ":" in found.get("ip", ""):
+        found["ip6"] = found.pop("ip")
+    return found
+
+
+def new_name(call: Call) -> Any:
+    return view(set_name(call.core, call.path["n"], "", _name_values(call, {})), DNS_FIELDS)
+
+
+def put_name(call: Call) -> Any:
+    row = need_name(call.core, call.path["n"], call.path["name"])
+    return view(set_name(call.core, row["network"], row["name"], _name_values(call, view(row, DNS_FIELDS))), DNS_FIELDS)
+
+
+def delete_name(call: Call) -> Any:
+    return Message("entry %s deleted" % set_name(call.core, call.path["n"], call.path["name"], None)["name"])
+
+
+def push_names(call: Call) -> Any:
+    """Write the files for CoreDNS now."""
+    if call.core.settings["DNS_MODE"] != "on":
+        raise Clash("DNS_MODE is off: no names are written")
+    write_names(call.core)
+    return Message("DNS pushed to CoreDNS")
 
 
 # ---- users
@@ -4496,6 +5425,8 @@ def get_config(call: Call) -> Any:
         "AllowedOrigin": settings["CORS_ALLOWED_ORIGIN"],
         "RestBackend": settings["REST_BACKEND"],
         "AgentBackend": settings["AGENT_BACKEND"],
+        "DNSMode": settings["DNS_MODE"],
+        "CoreDNSAddr": settings["COREDNS_ADDR"],
         "DefaultNodeLimit": settings["DEFAULT_NODE_LIMIT"],
         "Database": settings["DATABASE"],
         "CheckinInterval": str(settings["CHECKIN_INTERVAL"]),
@@ -4574,6 +5505,8 @@ def openapi(call: Call) -> Any:
 ANY, USER, MINE, SELF, ADMIN = "anyone", "user", "network", "self", "admin"
 NET, NODES, USERS = "/api/networks", "/api/nodes/<n>", "/api/users"
 A_NODE = NODES + "/<node>"
+ACLS, DNS, CLIENTS = NET + "/<n>/acls", "/api/dns", "/api/extclients"
+A_CLIENT = CLIENTS + "/<n>/<id>"
 NOT_AGENTS = (
     "agents of this server join with a token (netclient_lite.py join -t …); with a user's bearer token this makes a node by hand"
 )
@@ -4592,6 +5525,7 @@ ROUTES = (
     Route("PUT", NET + "/<n>", ADMIN, put_network, NETWORK_FIELDS, "Network"),
     Route("PUT", NET + "/<n>/nodelimit", ADMIN, put_network, NETWORK_FIELDS, "Network"),
     Route("DELETE", NET + "/<n>", ADMIN, delete_network, (), "message"),
+    Route("POST", NET + "/<n>/keyupdate", MINE, update_keys, (), "Network"),
     Route("GET", NET + "/<n>/graph", MINE, graph, (), "Graph"),
     Route("GET", NET + "/<n>/keys", MINE, get_keys, (), "[AccessKey]"),
     Route("POST", NET + "/<n>/keys", MINE, new_key, KEY_TAKES, "AccessKey"),
@@ -4609,6 +5543,30 @@ ROUTES = (
     Route("POST", A_NODE + "/reject", MINE, node_handler(reject), (), "Node"),
     Route("POST", A_NODE + "/disable", MINE, node_handler(disable), (), "Node"),
     Route("POST", A_NODE + "/enable", MINE, node_handler(enable), (), "Node"),
+    Route("POST", A_NODE + "/refreshkey", MINE, node_handler(refresh_key), (), "Node"),
+    Route("POST", A_NODE + "/creategateway", MINE, make_egress, GATEWAY_TAKES, "Node"),
+    Route("POST", A_NODE + "/createingress", MINE, node_handler(create_ingress), (), "Node"),
+    Route("POST", A_NODE + "/createrelay", MINE, make_relay, RELAY_TAKES, "Node"),
+    *(Route("DELETE", A_NODE + "/delete" + way, MINE, role_ender(way), (), "Node") for way in ("gateway", "ingress", "relay")),
+    Route("GET", ACLS, MINE, get_denials, (), "[Denial]"),
+    Route("POST", ACLS, MINE, new_denial, DENIAL_FIELDS, "Denial"),
+    Route("DELETE", ACLS + "/<node1>/<node2>", MINE, delete_denial, (), "message"),
+    Route("GET", CLIENTS, USER, get_clients, (), "[ExtClient]"),
+    Route("GET", CLIENTS + "/<n>", MINE, get_clients, (), "[ExtClient]"),
+    Route("GET", A_CLIENT, MINE, get_client, (), "ExtClient"),
+    Route("GET", A_CLIENT + "/<type>", MINE, client_file),
+    Route("POST", CLIENTS + "/<n>/<node>", MINE, new_client, CLIENT_FIELDS, "ExtClient"),
+    Route("PUT", A_CLIENT, MINE, put_client, CLIENT_FIELDS, "ExtClient"),
+    Route("POST", A_CLIENT + "/renew", MINE, new_client_key, CLIENT_FIELDS, "ExtClient"),
+    Route("DELETE", A_CLIENT, MINE, delete_client, (), "message"),
+    Route("GET", DNS, ADMIN, get_names, (), "[DNSEntry]"),
+    Route("GET", DNS + "/adm/<n>", MINE, get_names, (), "[DNSEntry]"),
+    Route("GET", DNS + "/adm/<n>/nodes", MINE, lambda call: get_names(call, "node", "client"), (), "[DNSEntry]"),
+    Route("GET", DNS + "/adm/<n>/custom", MINE, lambda call: get_names(call, "custom"), (), "[DNSEntry]"),
+    Route("POST", DNS + "/adm/pushdns", ADMIN, push_names, (), "message"),
+    Route("POST", DNS + "/<n>", MINE, new_name, DNS_FIELDS, "DNSEntry"),
+    Route("PUT", DNS + "/<n>/<name>", MINE, put_name, DNS_FIELDS, "DNSEntry"),
+    Route("DELETE", DNS + "/<n>/<name>", MINE, delete_name, (), "message"),
     Route("GET", USERS + "/adm/hasadmin", ANY, get_has_admin, (), "truth"),
     Route("POST", USERS + "/adm/createadmin", ANY, create_admin, FIRST_ADMIN, "User"),
     Route("POST", USERS + "/adm/authenticate", ANY, authenticate, SIGN_IN, "message"),
@@ -4639,7 +5597,7 @@ ROUTES = (
 
 SCHEMAS: dict[str, Sequence[Field]] = {
     "Network": NETWORK_FIELDS, "AccessKey": KEY_FIELDS, "Node": NODE_FIELDS, "User": USER_FIELDS, "Token": TOKEN_FIELDS,
-    "Audit": AUDIT_FIELDS,
+    "Audit": AUDIT_FIELDS, "ExtClient": CLIENT_FIELDS, "DNSEntry": DNS_FIELDS, "Denial": DENIAL_FIELDS,
 }  # fmt: skip
 
 
@@ -4933,6 +5891,7 @@ class Housekeeping:
     def __init__(self, agents: Agents) -> None:
         self.agents = agents
         self.stopped = threading.Event()
+        self.named: list[tuple[Any, ...]] = []  # the words of networks whose names are written
         self.threads = [threading.Thread(target=each, daemon=True) for each in (self.tidy, self.watch)]
 
     def start(self) -> None:
@@ -4952,13 +5911,28 @@ class Housekeeping:
         while not self.stopped.wait(HOUSEKEEPING):
             rounds += 1
             core = self.agents.core
-            for task in (self.agents.flush, self.agents.settle_due, partial(sweep, core), partial(forget_audit, core)):
+            for task in (
+                self.agents.flush,
+                self.agents.settle_due,
+                self.agents.refresh_due,
+                partial(sweep, core),
+                partial(forget_audit, core),
+                self.push_names,
+            ):
                 try:
                     task()
                 except Exception as problem:  # whatever it is, the next round is needed
                     log.error("housekeeping: %r", problem)
             if rounds % 20 == 0:
                 self.agents.sight.forget()
+
+    def push_names(self) -> None:
+        """Write CoreDNS' files after changes."""
+        core = self.agents.core
+        now = core.store.rows("SELECT id, tag FROM network ORDER BY id")
+        if now != self.named and core.settings["DNS_MODE"] == "on":
+            write_names(core)
+            self.named = now
 
     def watch(self) -> None:
         """Wake long-polls for changes by the command line or another replica."""

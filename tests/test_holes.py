@@ -487,7 +487,7 @@ def test_endless_tries_take_no_memory(world: World) -> None:
 def test_a_long_log_is_not_read_at_once(world: World) -> None:
     """Anybody who is signed in may ask for it, again and again, and the server is a router."""
     columns = "time, who, source, network, action, target, detail"
-    sql = "INSERT INTO audit (" + columns + ") VALUES (1800000000, 'x', '', 'default', 'y', '', '')"
+    sql = server.composed("INSERT INTO audit (%s) VALUES (1800000000, 'x', '', 'default', 'y', '', '')", columns)
     with world.home.core.store.writer.atomic("IMMEDIATE"):
         for _ in range(3000):
             world.home.core.store._write(sql, ())

@@ -106,7 +106,7 @@ RULES = {
         pure=("ERRORS", "ADDRESSES", "MESH", "RENDER"),
         imports=(
             *LIGHT,
-            *("bisect", "collections", "functools", "heapq", "itertools", "logging", "random", "resource", "secrets"),
+            *("bisect", "collections", "functools", "heapq", "io", "itertools", "logging", "random", "resource", "secrets"),
             *(
                 "socketserver",
                 "sqlite3",
