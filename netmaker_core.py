@@ -1116,6 +1116,10 @@ class Store:
     def get(self, query: Any) -> Row | None:
         return next(iter(self.select(query.limit(1))), None)
 
+    def count(self, query: Any) -> int:
+        with self._reading:
+            return int(query.count(self.reader))
+
     def meta(self, key: str) -> str:
         found = self.row("SELECT value FROM meta WHERE key = ?", (key,))
         return str(found[0]) if found else ""

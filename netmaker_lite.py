@@ -1257,14 +1257,26 @@ def caller_of(core: Core, bearer: str, source: str) -> Caller:
 # ---- the audit log
 
 
-def audit(core: Core, network: str = "", since: int = 0) -> list[Row]:
-    """Changes, the newest first; of somebody's own networks where the caller has not all."""
-    found = Audit.select().where(Audit.time >= since).order_by(Audit.id.desc())
-    if network:
-        found = found.where(Audit.network == network.lower())
-    if core.caller.networks is not None:
-        found = found.where(Audit.network.in_(sorted(core.caller.networks)))
-    return core.store.select(found)
+class AuditLog:
+    """Changes, the newest first; of somebody's own networks where the caller has not all. Only a slice's rows are read."""
+
+    MOST = 1000  # without an end; the log is long, and a router's memory short
+
+    def __init__(self, core: Core, network: str = "", since: int = 0) -> None:
+        shown = [field for field in Audit._meta.sorted_fields if field is not Audit.id]
+        found = Audit.select(*shown).where(Audit.time >= since).order_by(Audit.id.desc())
+        if network:
+            found = found.where(Audit.network == network.lower())
+        if core.caller.networks is not None:
+            found = found.where(Audit.network.in_(sorted(core.caller.networks)))
+        self.store, self.found = core.store, found
+
+    def __len__(self) -> int:
+        return self.store.count(self.found)
+
+    def __getitem__(self, part: slice) -> list[Row]:
+        first = part.start or 0
+        return self.store.select(self.found.offset(first).limit((part.stop or first + self.MOST) - first))
 
 
 def forget_audit(core: Core) -> None:
@@ -1877,11 +1889,11 @@ class Web:
         return self.send(Reply(200, dump(found)), "application/json")
 
     @staticmethod
-    def page(rows: list[Any], query: Mapping[str, str]) -> list[Any]:
-        """The rows that are asked for; all without ?page= or ?per_page=."""
+    def page(rows: list[Any] | AuditLog, query: Mapping[str, str]) -> list[Any]:
+        """The rows that are asked for; all, or the most that one answer has, without ?page= or ?per_page=."""
         bottle.response.set_header("X-Total-Count", str(len(rows)))
         if "page" not in query and "per_page" not in query:
-            return rows
+            return rows[:]
         size = Whole(1, PER_PAGE)(query.get("per_page", "100"))
         first = (Whole(1, 1 << 31)(query.get("page", "1")) - 1) * size
         return rows[first : first + size]
@@ -2086,9 +2098,7 @@ def approve_node(call: Call) -> Any:
 
 def node_handler(action: Callable[[Core, Row], Row]) -> Callable[[Call], Any]:
     """A handler that does one thing to one node."""
-    handler = lambda call: call.show(action(call.core, call.node))  # noqa: E731
-    handler.__doc__ = action.__name__.replace("_", " ") + " node"
-    return handler
+    return lambda call: call.show(action(call.core, call.node))
 
 
 def update_keys(call: Call) -> Any:
@@ -2305,7 +2315,7 @@ def delete_token(call: Call) -> Any:
 def get_audit(call: Call) -> Any:
     since = call.query.get("since") or "0"
     start = call.core.now - check_lifetime(since) if since[-1].isalpha() else Whole(0, 1 << 53)(since)
-    return [view(row, AUDIT_FIELDS) for row in audit(call.core, call.query.get("network", ""), start)]
+    return AuditLog(call.core, call.query.get("network", ""), start)
 
 
 def host_network(hosted: bool) -> Callable[[Call], Any]:
@@ -2573,11 +2583,12 @@ def operation(route: Route) -> Row:
     """One route as OpenAPI has it."""
     kind, schema = (JSON, answer_schema(route.gives)) if route.gives else WRITTEN.get(route.handler, ("*/*", {}))
     query = {**QUERIES.get(route.handler, {}), **(PAGES if route.gives.startswith("[") else {})}
-    names = re.findall(PART, route.path)
+    names, name = re.findall(PART, route.path), route.handler.__name__
+    words = route.path.replace(">", "").split("/")[-1] if name.startswith("<") else name.replace("_", " ")
     found: Row = {
         "operationId": (route.method + re.sub("[^a-z0-9]+", "_", route.path)).lower(),
         "tags": [route.role],
-        "summary": (route.handler.__doc__ or route.handler.__name__.replace("_", " ")).strip().split("\n")[0],
+        "summary": (route.handler.__doc__ or words).strip().split("\n")[0],
         "parameters": [
             *({"name": name, "in": "path", "required": True, "schema": TEXT} for name in names),
             *({"name": name, "in": "query", "schema": what} for name, what in query.items()),

@@ -85,6 +85,11 @@ def rows(home: Server) -> dict[str, list[tuple[Any, ...]]]:
     return found
 
 
+FURNITURE = (  # what else is there, where the server has such
+    ("/api/nodes/<n>/<node>/createingress", None),
+    ("/api/extclients/<n>/<node>", {"clientid": "phone"}),
+    ("/api/dns/<n>", {"name": "printer", "address": "10.20.30.99"}),
+)
 MASTER = "correct-master-key-0123456789"
 
 
@@ -99,11 +104,16 @@ class World:
         self.node, self.second = (Client(home, source="198.51.100.%d" % number).join(self.access) for number in (1, 2))
         self.stranger = Client(home, "other", "198.51.100.9").join(self.other_access)
         self.pending = Client(home, source="198.51.100.3").join()
+        self.node.facts.update(endpoint="203.0.113.7", fixed=True)
         for node in (self.node, self.second, self.stranger):
             node.exchange({"facts": node.facts})
         self.admin, self.root = make_user(home, "root", admin=True), make_user(home, "second-root", admin=True)
         self.carol, self.mallory = make_user(home, "carol", "default"), make_user(home, "mallory", "other")
         self.nobody, self.token = Rest(home), api_token(home, "carol", "carols")
+        for route in server.ROUTES:
+            for path, body in FURNITURE:
+                if (route.method, route.path) == ("POST", path):
+                    self.admin.good("POST", path_of(route, self), body)
 
     def revoked(self) -> dict[str, Rest]:
         """Bearer tokens that were good once."""
@@ -150,7 +160,9 @@ VALUES = {  # of members of bodies: each would change something if a refused cal
 def parts_of(route: server.Route, world: World) -> dict[str, str]:
     """The parts of the route's path: the network `default`, the node and the user that are there; any name for the rest."""
     second = {"node": world.node.node, "node1": world.node.node, "node2": world.second.node}
-    known = {"n": "default", "u": "carol", "name": "front", **second}
+    known = {"n": "default", "u": "carol", "name": "front", "id": "phone", "type": "file", "form": "file", **second}
+    if "/dns/" in route.path:
+        known["name"] = "printer"
     if route.path.endswith(("/approve", "/reject")):
         known["node"] = world.pending.node
     if route.method == "POST" and route.path.endswith("<u>"):
@@ -176,5 +188,5 @@ def body_of(route: server.Route, world: World) -> Any:
     if "node1" in found:
         found.update(node1=world.node.node, node2=world.second.node)
     if route.method == "PUT":  # names are kept
-        found = {name: value for name, value in found.items() if name not in ("netid", "username")}
+        found = {name: value for name, value in found.items() if name not in ("netid", "username", "publickey")}
     return found if route.takes else None
