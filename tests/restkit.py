@@ -100,6 +100,8 @@ class World:
         self.pending = Client(home, source="198.51.100.3").join()
         for node in (self.node, self.second, self.stranger):
             node.exchange({"facts": node.facts})
+        server.add_client(core, server.create_ingress(core, home.node(self.node)), {"name": "phone"})
+        server.set_name(core, "default", "", {"name": "front", "ip": "192.0.2.7"})
         self.admin, self.root = make_user(home, "root", admin=True), make_user(home, "second-root", admin=True)
         self.carol, self.mallory = make_user(home, "carol", "default"), make_user(home, "mallory", "other")
         self.nobody, self.token = Rest(home), api_token(home, "carol", "carols")
@@ -149,7 +151,7 @@ VALUES = {  # of members of bodies: each would change something if a refused cal
 def parts_of(route: server.Route, world: World) -> dict[str, str]:
     """The parts of the route's path: the network `default`, the node and the user that are there; any name for the rest."""
     second = {"node": world.node.node, "node1": world.node.node, "node2": world.second.node}
-    known = {"n": "default", "u": "carol", "name": "front", **second}
+    known = {"n": "default", "u": "carol", "name": "front", "id": "phone", "type": "file", **second}
     if route.path.endswith(("/approve", "/reject")):
         known["node"] = world.pending.node
     if route.method == "POST" and route.path.endswith("<u>"):
