@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """netclient-lite: the agent of netmaker-lite, one file on the standard library alone.
 
-It makes this machine a node of WireGuard mesh networks: it asks the server what the mesh looks like, compares that with what the
-machine has, and changes what differs with `wg` and `ip`, never more.
+It makes this machine a node of WireGuard meshes: it asks the server what a mesh looks like, compares that with what the machine
+has, and changes what differs with `wg` and `ip`, never more.
 
     netclient_lite.py join -t TOKEN            become a node; then check in every 15 s (--daemon on, the default)
     netclient_lite.py checkin -n all           one check-in; what cron, procd and systemd call
@@ -17,16 +17,16 @@ server, and never acts on silence: without an authenticated answer the machine s
 
 Contents
     WIRE        the protocol's line and MAC, HTTP over a socket, and the no-change check-in on C built-ins alone
-    IMPORTS     the standard library; requests, PyNaCl and zeroconf are imported where they are used
+    IMPORTS     the standard library; others are imported where they are used
     ERRORS      what can go wrong, each with its exit status
     TOKENS      the access token, X25519, keys by label, sealing
-    SETTINGS    the flags with their environment names and defaults; where the files are
+    SETTINGS    the flags with their environment names; where the files are
     VALUES      the named tuples that everything below speaks of
     PARSE       text to values: tool output, answers, addresses and names
     PLAN        desired state and actual state to the shortest list of steps; pure
     RUN         the only place that starts processes
     FILES       the only place that writes files; locks
-    SYSTEM      this machine: WireGuard back ends, addresses, routes, what it looks like from outside
+    SYSTEM      this machine: WireGuard back ends, addresses, routes
     API         one membership's conversation with its server
     RECONCILE   one check-in: exchange, plan, apply, confirm, report
     SERVICE     what makes a check-in happen every 15 s
@@ -38,11 +38,11 @@ from __future__ import annotations
 
 __version__ = "0.1.0"
 
-# ------------------------------------------------------------
+# --------------------
 # WIRE
-# ------------------------------------------------------------
+# --------------------
 # A check-in every 15 s is the hot path of the product, so this section imports C built-ins only: `import json` alone costs as
-# much as starting Python. The private names are CPython's; the public modules stand in where they are missing.
+# much as starting Python.
 
 import sys
 
@@ -60,7 +60,12 @@ import time
 
 TYPE_CHECKING = False  # typing.TYPE_CHECKING without importing typing
 if TYPE_CHECKING:
-    from typing import Any, Callable, Iterable, Mapping, Sequence
+    from typing import Any, Callable, Iterable, Iterator, Mapping, Sequence
+
+    Fields = Mapping[str, Any]
+    Words = Sequence[str]
+    Row = dict[str, Any]
+    Spare = tuple[str, str] | None  # a key that is not in force yet: both halves
 
 PROTOCOL = "1"
 HEADER = "NM-Lite"
@@ -70,7 +75,7 @@ HELLO_PATH = "/api/agent/v1/hello"
 LOOK_PATH = "/api/agent/v1/look/"
 MAX_ANSWER = 8 << 20  # bytes; a snapshot of 10,000 peers is 2.4 MB
 HTTP_TIMEOUT = 5.0  # seconds for connecting, and again for each silence
-CHECK_EVERY = 300.0  # seconds; at least this often the machine is read and the server asked, whatever the looks say
+CHECK_EVERY = 300.0  # seconds; the machine is read and the server asked at least so often
 
 _URLSAFE = bytes.maketrans(b"+/", b"-_")
 _STANDARD = bytes.maketrans(b"-_", b"+/")
@@ -82,7 +87,7 @@ def b64(data: bytes) -> str:
 
 
 def unb64(text: str) -> bytes:
-    """The bytes of a canonical b64 text; ValueError for anything else (two spellings of one secret would be two secrets)."""
+    """The bytes of a canonical b64 text; ValueError for anything else."""
     try:
         raw = text.encode("ascii")
         data = binascii.a2b_base64(raw.translate(_STANDARD) + b"=" * (-len(raw) % 4))
@@ -99,25 +104,23 @@ def mac(key: bytes, *parts: bytes) -> str:
 
 
 def same(a: str, b: str) -> bool:
-    """Compare two MACs in constant time, without importing hmac: equal exactly if their keyed digests are."""
+    """Compare two MACs in constant time, without importing hmac."""
     key = _os.urandom(16)
     return blake2b(a.encode(), key=key).digest() == blake2b(b.encode(), key=key).digest()
 
 
-def signed(key: bytes, path: str, fields: Sequence[str], body: bytes = b"") -> str:
+def signed(key: bytes, path: str, fields: Words, body: bytes = b"") -> str:
     """The line of a request: the fields and their MAC."""
     line = " ".join((PROTOCOL, *fields))
     return line + " " + mac(key, b"POST " + path.encode(), line.encode(), body)
 
 
 class BadAnswer(Exception):
-    """An answer that proves nothing: no line, a wrong MAC, not HTTP, too large. Says what was seen instead."""
+    """An answer that proves nothing: no line, a wrong MAC, not HTTP, too large."""
 
 
 class Answer:
-    """A verified answer: status, address seen, server time (unix s), interval (s), body as sent."""
-
-    __slots__ = ("address", "body", "interval", "status", "time")
+    """A verified answer: status, address seen, server time (unix s), interval (s), body as sent, when it came (monotonic)."""
 
     def __init__(self, key: bytes, request_mac: str, line: str, body: bytes) -> None:
         fields = line.split(" ")
@@ -128,7 +131,7 @@ class Answer:
             raise BadAnswer("the answer's signature is wrong: not our server, or altered on the way")
         self.status, self.address = int(fields[1]), fields[2]
         self.time, self.interval = int(fields[3]), int(fields[4])
-        self.body = body
+        self.body, self.at = body, time.monotonic()
 
 
 def http(
@@ -136,8 +139,8 @@ def http(
 ) -> tuple[int, dict[str, str], bytes, str]:
     """Send one HTTP/1.0 request and read the answer to its end: (status, headers by lower-case name, body, own address).
 
-    Raises OSError when the server cannot be reached and BadAnswer when what answers is not HTTP. The deadline is for each silence
-    and eight times that in all, so that a server that drips cannot hold a check-in up.
+    OSError when the server cannot be reached, BadAnswer when what answers is not HTTP. The deadline is for each silence,
+    and eight times that in all: a server that drips cannot hold a check-in up.
     """
     end = time.monotonic() + timeout * 8
     sock = _connected(host, port, timeout)
@@ -164,9 +167,8 @@ def http(
 
 def _connected(host: str, port: int, timeout: float) -> Any:
     failure: OSError = OSError(errno.EHOSTUNREACH, "no address")
-    # bytes, since a str host name would import encodings.idna, stringprep and re: 25 M instructions
+    # bytes: a str host name would import encodings.idna, stringprep and re
     for family, kind, proto, _, address in _socket.getaddrinfo(host.encode(), port, 0, _socket.SOCK_STREAM):
-        # the class as such has no close on exec by itself before 3.4 and needs none: nothing is started while it is open
         sock = _socket.socket(family, kind, proto)
         sock.settimeout(timeout)
         try:
@@ -179,7 +181,7 @@ def _connected(host: str, port: int, timeout: float) -> Any:
 
 
 def _wrapped(sock: Any, host: str, verify: bool) -> Any:
-    """TLS over a connected socket. With a pinned server key the certificate proves nothing more, so it is not asked for."""
+    """TLS over a connected socket. Where the server's key is pinned, the certificate would prove nothing more."""
     import socket
     import ssl
 
@@ -208,7 +210,7 @@ def _complete(data: bytes) -> bool:
 
 
 def _number(text: bytes) -> int:
-    """A number in a header; -1 where there is none (int() takes digits of all scripts, and chokes on thousands of them)."""
+    """A number in a header; -1 where there is none (int() takes digits of all scripts)."""
     return int(text) if text.isdigit() and len(text) < 16 else -1
 
 
@@ -238,10 +240,10 @@ def addresses_of(host: str) -> list[str]:
 
 
 def post(host: str, port: int, prefix: str, path: str, line: str, body: bytes = b"") -> bytes:
-    """The bytes of a POST with our line. HTTP/1.0: no chunks, and the connection's end is the answer's."""
+    """The bytes of a POST with our line, of a GET without one. HTTP/1.0: no chunks, and the connection's end is the answer's."""
     name = f"[{host}]" if ":" in host else host
-    head = "POST %s%s HTTP/1.0\r\nHost: %s:%d\r\n%s: %s\r\nContent-Length: %d\r\n\r\n"
-    return (head % (prefix, path, name, port, HEADER, line, len(body))).encode() + body
+    verb, more = ("POST", "%s: %s\r\nContent-Length: %d\r\n" % (HEADER, line, len(body))) if line else ("GET", "")
+    return ("%s %s%s HTTP/1.0\r\nHost: %s:%d\r\n%s\r\n" % (verb, prefix, path, name, port, more)).encode() + body
 
 
 def label_key(z: bytes, label: str, agent: bytes, server: bytes, network: str) -> bytes:
@@ -251,9 +253,7 @@ def label_key(z: bytes, label: str, agent: bytes, server: bytes, network: str) -
 
 
 class Secret:
-    """`secret-NETWORK`: who we are to one server. One line of text, since the no-change check-in cannot afford json."""
-
-    __slots__ = ("agent", "look", "network", "node", "pin", "z")
+    """`secret-NETWORK`: who we are to one server. One line: the no-change check-in cannot afford json."""
 
     def __init__(self, network: str, node: str, look: str, agent: bytes, z: bytes, pin: bytes) -> None:
         self.network, self.node, self.look, self.agent, self.z, self.pin = network, node, look, agent, z, pin
@@ -275,9 +275,7 @@ class Secret:
 
 
 class Counters:
-    """`NETWORK.state` on tmpfs: what changes at every check-in. Lost at a reboot, and made anew without harm."""
-
-    __slots__ = ("due", "epoch", "incarnation", "interface", "local", "mark", "mode", "sequence", "server", "word")
+    """`NETWORK.state` on tmpfs: what changes at every check-in. Lost without harm."""
 
     def __init__(self, text: str = "") -> None:
         try:
@@ -285,7 +283,7 @@ class Counters:
         except ValueError:  # too few, too many, no numbers
             self._take(["-", "0", "-1", "-", "p", "-", "0", "-", "-", "-"])
 
-    def _take(self, fields: Sequence[str]) -> None:
+    def _take(self, fields: Words) -> None:
         self.incarnation, epoch, sequence, self.word, self.mode, self.server, due, self.mark, self.interface, self.local = fields
         self.epoch, self.sequence, self.due = int(epoch), int(sequence), float(due)
 
@@ -336,7 +334,7 @@ def read_text(path: str) -> str:
 
 
 def write_volatile(path: str, text: str) -> None:
-    """Replace a file on tmpfs: by rename, so that no reader sees half of it, and without fsync, which tmpfs has no use for."""
+    """Replace a file on tmpfs, by rename: no reader sees half of it."""
     flags = _os.O_WRONLY | _os.O_CREAT | _os.O_TRUNC | _os.O_CLOEXEC
     handle = _os.open(path + ".tmp", flags, 0o600)
     try:
@@ -347,7 +345,7 @@ def write_volatile(path: str, text: str) -> None:
 
 
 def lock(path: str, wait: bool = False) -> int | None:
-    """Take the lock file; its descriptor, or None when another run has it. The kernel lets go of it with the process."""
+    """Take the lock file; its descriptor, or None when another run has it."""
     import fcntl
 
     handle = _os.open(path, _os.O_RDWR | _os.O_CREAT | _os.O_CLOEXEC, 0o600)
@@ -360,9 +358,9 @@ def lock(path: str, wait: bool = False) -> int | None:
 
 
 def machine_mark(interface: str) -> str:
-    """A hash of what the kernel shows without a child process: the interface, its routes and addresses, the default routes.
+    """A hash of what the kernel shows without a child: the interface, its routes and addresses, the default routes.
 
-    An address flushed or a route removed by hand shows in /proc/net/route and ipv6_route; counters in them are left out.
+    What is flushed by hand shows in /proc/net/route and ipv6_route; counters in them are left out.
     """
     seen = [line.split(":")[0].strip() for line in read_text("/proc/net/dev").split("\n") if interface + ":" in line]
     for line in read_text("/proc/net/route").split("\n"):
@@ -386,7 +384,7 @@ def root_folder() -> str:
     return str(environment.get(b"NETCLIENT_ROOT", b"").decode()).rstrip("/")
 
 
-HANDED_OVER: dict[str, tuple[int, Answer | None]] = {}  # networks the quick pass has locked, and the answer that it got
+HANDED_OVER: dict[str, tuple[int, Answer | None]] = {}  # networks that the quick pass has locked, and its answer
 QUICKLY_DONE: set[str] = set()  # networks for which it was enough
 
 
@@ -423,15 +421,11 @@ def proxy_is_set() -> bool:
     return any(environment.get(name) for name in (b"http_proxy", b"https_proxy", b"HTTPS_PROXY", b"all_proxy", b"ALL_PROXY"))
 
 
-def quick_checkin(arguments: Sequence[str]) -> bool:
-    """`checkin [-n NETWORK|all]` where nothing is new: True, and the process may end. Whatever is unusual is left to the rest."""
+def quick_checkin(arguments: Words) -> bool:
+    """`checkin [-n NETWORK|all]` where nothing is new: True. What is unusual is left to the rest."""
     wanted = list(arguments[1:])
-    if (
-        arguments[:1] != ["checkin"]
-        or wanted[:1] not in ([], ["-n"], ["--network"])
-        or len(wanted) not in (0, 2)
-        or proxy_is_set()
-    ):
+    known = wanted[:1] in ([], ["-n"], ["--network"]) and len(wanted) in (0, 2)
+    if arguments[:1] != ["checkin"] or not known or proxy_is_set():
         return False
     try:
         names = [name[7:] for name in _os.listdir(root_folder() + "/etc/netclient/config") if name.startswith("secret-")]
@@ -449,10 +443,10 @@ if __name__ == "__main__":
 
         site.main()
 
-# ------------------------------------------------------------
+# --------------------
 # IMPORTS
-# ------------------------------------------------------------
-# Only what OpenWrt's python3-light and python3-openssl hold: no urllib, http.client, logging, uuid, pathlib, tempfile.
+# --------------------
+# Only what OpenWrt's python3-light and python3-openssl hold.
 
 import argparse
 import contextlib
@@ -466,9 +460,9 @@ import threading
 from enum import IntEnum
 from typing import NamedTuple
 
-# ------------------------------------------------------------
+# --------------------
 # ERRORS
-# ------------------------------------------------------------
+# --------------------
 
 
 class ExitStatus(IntEnum):
@@ -501,34 +495,39 @@ class Unreachable(NetclientError):
     """No server of the list gave an answer that proves itself: nothing may change."""
 
 
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what reading odd JSON may raise
+
+
 class Refused(NetclientError):
     """The genuine server said no. `answer` is what it said; `code` its HTTP status."""
 
-    def __init__(self, code: int, sentence: str, answer: Mapping[str, Any] | None = None) -> None:
-        super().__init__(sentence)
+    def __init__(self, code: int, answer: Any) -> None:
+        said = answer.get("error") or answer.get("message") if isinstance(answer, dict) else ""
+        super().__init__(str(said or "the server answers %d without a word" % code)[:500])
         self.code, self.answer = code, answer or {}
 
 
 class CommandFailed(NetclientError):
     """A program that we started returned another status than 0, or is not there."""
 
-    def __init__(self, argv: Sequence[str], code: int, stderr: str) -> None:
+    def __init__(self, argv: Words, code: int, stderr: str) -> None:
         said = stderr.strip().splitlines()[-1] if stderr.strip() else "no message"
         super().__init__("`%s` failed (status %d): %s" % (" ".join(argv[:8]), code, said))
         self.code, self.stderr = code, stderr
 
 
-# ------------------------------------------------------------
+# --------------------
 # TOKENS
-# ------------------------------------------------------------
+# --------------------
 # What server and agent must agree on. The server imports it from here.
 
 CURVE_P = 2**255 - 19
 KEY_BYTES = 32
+ACCESS_KEY = r"([\w-]{1,32}\.[\w-]{22,86})?"
 
 
 class Token(NamedTuple):
-    """An access token opened: server addresses in the order to try, the pinned key or b"", the network, "id.secret" or ""."""
+    """An access token opened: servers in the order to try, the pinned key or b"", the network, "id.secret" or ""."""
 
     servers: tuple[str, ...]
     pin: bytes
@@ -568,15 +567,15 @@ def parse_token(text: str) -> Token:
     try:
         servers = tuple(server for server in fields["server"] if split_url(server))
         token = Token(servers, unb64(fields["pin"]), check_network(fields["network"]), fields["key"])
-        if not servers or len(token.pin) != KEY_BYTES or not re.fullmatch(r"([\w-]{1,32}\.[\w-]{22,86})?", token.key, re.ASCII):
+        if not servers or len(token.pin) != KEY_BYTES or not re.fullmatch(ACCESS_KEY, token.key, re.ASCII):
             raise Invalid("no server, no key of it, or an access key of another form")
         return token
-    except (KeyError, TypeError, ValueError, AttributeError) as bad:
+    except MALFORMED as bad:
         raise Invalid(f"the token is whole but says something impossible ({bad}): ask for another") from bad
 
 
-def _original_token(fields: Mapping[str, Any]) -> Token:
-    """Netmaker 0.8's flat token. It carries no pin: the fingerprint must come otherwise, or the server be https."""
+def _original_token(fields: Fields) -> Token:
+    """Netmaker 0.8's flat token. It carries no pin."""
     place = str(fields.get("apiconn") or "")
     server = place if "://" in place else "http://" + place
     try:
@@ -656,7 +655,7 @@ def endpoint(address: str, port: int) -> str:
 
 
 def split_endpoint(text: str) -> tuple[str, int]:
-    """(canonical address, port) of an endpoint; Invalid when it is none. Host names are none: the mesh must work without DNS."""
+    """(canonical address, port) of an endpoint; Invalid when it is none. A host name is none: no DNS."""
     place, _, port = text.rpartition(":")
     if not port.isdecimal() or not 0 < int(port) < 65536 or (":" in place) != place.startswith("["):
         raise Invalid(f"{text!r} is no endpoint: ADDRESS:PORT or [ADDRESS]:PORT")
@@ -673,7 +672,7 @@ NOT_PUBLIC = tuple(
 
 
 def is_public(address: str) -> bool:
-    """Whether others on the internet may reach the address. (ipaddress.is_global also turns down documentation ranges.)"""
+    """Whether the internet may reach the address. (ipaddress.is_global turns down documentation ranges too.)"""
     parsed = ipaddress.ip_address(address)
     return not any(parsed.version == block.version and parsed in block for block in NOT_PUBLIC)
 
@@ -681,7 +680,7 @@ def is_public(address: str) -> bool:
 def x25519(scalar: bytes, point: bytes) -> bytes:
     """X25519 (RFC 7748 §5): PyNaCl's where it is installed, else the Montgomery ladder. Invalid for an all-zero outcome (§6.1).
 
-    The ladder does not run in constant time. The agent uses it once, at join, with a key made for that.
+    The ladder does not run in constant time. The agent uses it at join, and once for each new key.
     """
     try:
         from nacl.bindings import crypto_scalarmult
@@ -740,92 +739,69 @@ def unseal(box: Any, body: bytes) -> bytes:
     """Open a sealed body; BadAnswer when it does not open. An empty body stays empty."""
     try:
         return bytes(box.decrypt(body)) if body else b""
-    except Exception as bad:  # nacl.exceptions.CryptoError, ValueError, TypeError: all mean the same here
+    except Exception as bad:  # CryptoError, ValueError, TypeError: all mean the same here
         raise BadAnswer("a sealed body does not open") from bad
 
 
-# ------------------------------------------------------------
+# --------------------
 # SETTINGS
-# ------------------------------------------------------------
+# --------------------
 
 
 class Setting(NamedTuple):
-    """One flag: name without dashes, environment name, what it means, and the other spellings the original takes."""
+    """One flag: name without dashes, environment name, meaning, the other spellings that the original takes."""
 
     name: str
     env: str
     help: str
-    kind: str = "text"  # text | yesno | number | daemon
-    aliases: tuple[str, ...] = ()
-    metavar: str = ""
-    bounds: tuple[int, int] = (0, 0)
+    kind: str  # text | yesno | number | daemon
+    aliases: tuple[str, ...]
+    metavar: str
+    bounds: tuple[int, int]
 
 
-SETTINGS = (
-    Setting("network", "NETCLIENT_NETWORK", "network, or all (default)", "text", ("n",), "NET"),
-    Setting("token", "NETCLIENT_ACCESSTOKEN", "access token: server, network and access key in one", "text", ("t",)),
-    Setting("key", "NETCLIENT_ACCESSKEY", "access key (with --apiserver and -n)", "text", ("k",)),
-    Setting("apiserver", "NETCLIENT_API_SERVER", "HOST:PORT or URL of the server", "text", (), "HOST:PORT"),
-    Setting(
-        "server-key",
-        "NETCLIENT_SERVER_KEY",
-        "the server's key, as `netmaker-lite serve` prints it",
-        "text",
-        (),
-        "K",
-    ),
-    Setting("name", "NETCLIENT_NAME", "name of this node (default: the host name)"),
-    Setting("endpoint", "NETCLIENT_ENDPOINT", "public address; never replaced", "text", ("e",), "IP"),
-    Setting("port", "NETCLIENT_PORT", "UDP port to listen on; never replaced", "number", (), "PORT", (1024, 65535)),
-    Setting("address", "NETCLIENT_ADDRESS", "wished overlay address", "text", ("a",), "IP"),
-    Setting(
-        "address6", "NETCLIENT_ADDRESSIPV6", "wished IPv6 overlay address", "text", ("addressIPv6", "addressipv6", "a6"), "IP"
-    ),
-    Setting("interface", "NETCLIENT_INTERFACE", "interface to make (default nm-NETWORK)", "text", ("i",), "IF"),
-    Setting("localaddress", "NETCLIENT_LOCALADDRESS", "this machine's address in its LAN", "text", (), "IP"),
-    Setting("localrange", "NETCLIENT_LOCALRANGE", "the LAN to take the local address from", "text", (), "CIDR"),
-    Setting("islocal", "NETCLIENT_IS_LOCAL", "others shall use the local address", "yesno"),
-    Setting("dnson", "NETCLIENT_DNS", "set up names (default yes)", "yesno"),
-    Setting(
-        "keepalive",
-        "NETCLIENT_KEEPALIVE",
-        "seconds between keepalives, 0 for none (default: the network's)",
-        "number",
-        (),
-        "S",
-        (0, 1000),
-    ),
-    Setting("mtu", "NETCLIENT_MTU", "MTU of the interface (default: the network's)", "number", (), "BYTES", (576, 9200)),
-    Setting("udpholepunch", "NETCLIENT_UDP_HOLEPUNCH", "use the endpoints that other nodes see", "yesno"),
-    Setting("ipforwarding", "NETCLIENT_IPFORWARDING", "let this node forward (default yes)", "yesno"),
-    Setting("roaming", "NETCLIENT_ROAMING", "follow changes of the own address (default yes)", "yesno"),
-    Setting("publickey", "NETCLIENT_PUBLICKEY", "WireGuard public key (with --privatekey)", "text", ("pubkey",), "KEY"),
-    Setting(
-        "privatekey",
-        "NETCLIENT_PRIVATEKEY",
-        "WireGuard private key (better by environment)",
-        "text",
-        ("privkey",),
-        "KEY",
-    ),
-    Setting(
-        "daemon",
-        "NETCLIENT_DAEMON",
-        "on: a check-in every 15 s (default); resident: stay; off: no service",
-        "daemon",
-    ),
-)
+def _setting(line: str) -> Setting:
+    name, env, kind, aliases, metavar, bounds, text = re.split(r" *\| *", line.strip())
+    low, _, high = bounds.partition("-")
+    known = kind or "text", tuple(aliases.split()), metavar, (int(low or 0), int(high or 0))
+    return Setting(name, "NETCLIENT_" + (env or name.replace("-", "_").upper()), text, *known)
+
+
+# name | environment name, where it is another, without NETCLIENT_ | kind | aliases | metavar | bounds | help
+_SETTINGS = """\
+network || | n | NET || network, or all (default)
+token | ACCESSTOKEN || t ||| access token: server, network and access key in one
+key | ACCESSKEY || k ||| access key (with --apiserver and -n)
+apiserver | API_SERVER ||| HOST:PORT || HOST:PORT or URL of the server
+server-key |||| K || the server's key, as `netmaker-lite serve` prints it
+name |||||| name of this node (default: the host name)
+endpoint ||| e | IP || public address; never replaced
+port || number || PORT | 1024-65535 | UDP port to listen on; never replaced
+address ||| a | IP || wished overlay address
+address6 | ADDRESSIPV6 || addressIPv6 addressipv6 a6 | IP || wished IPv6 overlay address
+interface ||| i | IF || interface to make (default nm-NETWORK)
+localaddress |||| IP || this machine's address in its LAN
+localrange |||| CIDR || the LAN to take the local address from
+islocal | IS_LOCAL | yesno |||| others shall use the local address
+dnson | DNS | yesno |||| set up names (default yes)
+keepalive || number || S | 0-1000 | seconds between keepalives, 0 for none (default: the network's)
+mtu || number || BYTES | 576-9200 | MTU of the interface (default: the network's)
+udpholepunch | UDP_HOLEPUNCH | yesno |||| use the endpoints that other nodes see
+ipforwarding || yesno |||| let this node forward (default yes)
+roaming || yesno |||| follow changes of the own address (default yes)
+publickey ||| pubkey | KEY || WireGuard public key (with --privatekey)
+privatekey ||| privkey | KEY || WireGuard private key (better by environment)
+daemon || daemon |||| on: a check-in every 15 s (default); resident: stay; off: no service
+"""
+SETTINGS = tuple(map(_setting, _SETTINGS.splitlines()))
 
 # The original's that mean nothing here: taken, with a word.
 IGNORED = {
-    "grpcserver": "NETCLIENT_GRPC_SERVER",
-    "password": "NETCLIENT_PASSWORD",
-    "macaddress": "NETCLIENT_MACADDRESS",
-    "operatingsystem": "NETCLIENT_OS",
-    "isdualstack": "NETCLIENT_IS_DUALSTACK",
-    "postup": "NETCLIENT_POSTUP",
-    "postdown": "NETCLIENT_POSTDOWN",
-    "corednsaddr": "NETCLIENT_COREDNS_ADDR",
+    name: "NETCLIENT_" + env
+    for name, env in {
+        **{"grpcserver": "GRPC_SERVER", "password": "PASSWORD", "macaddress": "MACADDRESS", "operatingsystem": "OS"},
+        **{"isdualstack": "IS_DUALSTACK", "postup": "POSTUP", "postdown": "POSTDOWN", "corednsaddr": "COREDNS_ADDR"},
+    }.items()
 }
 IGNORED_ALIASES = {"p": "password", "m": "macaddress", "os": "operatingsystem"}
 
@@ -859,7 +835,7 @@ MEMBERSHIP = ("wgkey", "nettoken", "secret", "netconfig")  # written in this ord
 
 
 class Paths:
-    """Where the agent's files are, below a root that tests and containers may move. `stage` is where a join is prepared."""
+    """Where the agent's files are, below a root that may be moved. `stage` is where a join is prepared."""
 
     def __init__(self, root: str, stage: str = "") -> None:
         self.root = root
@@ -885,9 +861,9 @@ class Paths:
         return sorted(name[10:] for name in names if name.startswith("netconfig-") and not name.endswith(".tmp"))
 
 
-# ------------------------------------------------------------
+# --------------------
 # VALUES
-# ------------------------------------------------------------
+# --------------------
 
 FRESH = 180  # seconds: WireGuard's REJECT_AFTER_TIME; a session older than that carries nothing
 KEEP_AFTER_RESTORE = 3600.0  # seconds that peers unknown to a restored server stay
@@ -895,11 +871,14 @@ UNSETTLED = 120.0  # seconds after a change of peers in which every look ends in
 HOPELESS = 600.0  # seconds after which a peer without a handshake is no reason to hurry any more
 PEERS_AT_ONCE = 4000  # in one `wg set`: some 200 bytes each
 DEAF = 3600.0  # seconds until a local address that did not answer is tried before the public ones again
+SWITCH_AFTER = 0.3  # seconds by which a node changes its key later than all others
+SWITCH_WITHIN = 3.0  # seconds in which its handshake follows, or the others go back
+LONGEST = 900.0  # seconds that a change of a key may be ahead
 TURN = 20.0  # seconds an endpoint candidate is tried before the next: four handshake attempts (REKEY_TIMEOUT 5 s)
 
 
 class Step(NamedTuple):
-    """One command of a plan: its arguments, what goes to its standard input (secrets too), and why it is there."""
+    """One command of a plan: its arguments, its standard input (secrets too), and why it is there."""
 
     argv: tuple[str, ...]
     why: str
@@ -940,6 +919,7 @@ class Actual(NamedTuple):
     addresses: tuple[str, ...] = ()  # as Linux lists them: the primary one of a network before the secondary ones
     routes: frozenset[str] = frozenset()
     peers: Mapping[str, LivePeer] = {}
+    public: str = ""
 
 
 class Desired(NamedTuple):
@@ -955,7 +935,7 @@ class Desired(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where this machine stands: the address that the server sees, own subnets, LAN hash, what kind of network it is."""
+    """Where this machine stands: the address that the server sees, own subnets, LAN hash, the kind of network."""
 
     seen: str = ""
     subnets: tuple[str, ...] = ()
@@ -965,15 +945,15 @@ class Place(NamedTuple):
 
 
 class Kept:
-    """Values that outlive a run: the annotated class attributes are the fields with their defaults, JSON the form on disk."""
+    """Values that outlive a run: the annotated attributes are the fields with their defaults; JSON on disk."""
 
-    def __init__(self, values: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, values: Fields | None = None) -> None:
         for name in type(self).__annotations__:
             default = getattr(type(self), name)
             value = (values or {}).get(name, default)
             setattr(self, name, type(default)(value) if isinstance(default, (dict, list)) else value)
 
-    def values(self) -> dict[str, Any]:
+    def values(self) -> Row:
         return {"version": 1, **vars(self)}
 
 
@@ -988,7 +968,8 @@ class Config(Kept):
     endpoint: str = ""
     localaddress: str = ""
     localrange: str = ""
-    wishes: dict[str, Any] = {}
+    keyed: bool = False  # the user gave the WireGuard key
+    wishes: Row = {}
     daemon: str = "on"
 
     @classmethod
@@ -999,7 +980,7 @@ class Config(Kept):
             if values["version"] != 1:
                 raise Invalid("it was written by a newer netclient-lite")
             return cls(values)
-        except (ValueError, KeyError, TypeError, AttributeError) as bad:
+        except MALFORMED as bad:
             raise Invalid(f"the file is damaged ({bad})") from bad
 
     def text(self) -> str:
@@ -1007,38 +988,40 @@ class Config(Kept):
 
 
 class View(Kept):
-    """The mesh as the server last told it: own settings, the records of all nodes by id, and the word of that state."""
+    """The mesh as the server last told it: own settings, the records of all nodes by id, the word."""
 
     incarnation: str = "-"
     word: str = "-"
     state: str = ""
-    me: dict[str, Any] = {}
-    peers: dict[str, dict[str, Any]] = {}
+    me: Row = {}
+    peers: dict[str, Row] = {}
     endpoints: dict[str, str] = {}  # by public key: the last that had a handshake
 
 
 class Memory(Kept):
     """`NETWORK.memory` on tmpfs: the view in use and what was reported of it. Times are of the monotonic clock."""
 
-    facts: dict[str, Any] = {}
-    wishes: dict[str, Any] = {}
+    facts: Row = {}
+    wishes: Row = {}
     seen: dict[str, str] = {}
     mute: dict[str, bool] = {}
-    # by key: bytes received and when that changed, the last handshake and when that was (by this clock), bytes sent
+    # by key: bytes received and when that changed, the last handshake and when that was, bytes sent
     rx: dict[str, list[int]] = {}
     deaf: dict[str, float] = {}  # by key: until when its local address is not tried first
     waiting: dict[str, float] = {}  # by key: since when without a handshake
     kept: dict[str, float] = {}  # by node: until when, after a restore
+    switch: dict[str, float] = {}  # by node: when its key changes
+    passed: dict[str, int] = {}  # by old key: its last handshake when the new one took over
     unsettled: float = 0.0
     flashed: float = 0.0
     exchanged: float = 0.0
-    trial: dict[str, Any] | None = None  # the view before a change that the server has not confirmed
+    trial: Row | None = None  # the view before a change that the server has not confirmed
     rejected: dict[str, str] = {}
     said: str = ""
     warned: list[str] = []
     server: list[str] = []  # its addresses when its name last resolved
 
-    def __init__(self, values: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, values: Fields | None = None) -> None:
         super().__init__(values)
         self.view = View((values or {}).get("view"))
 
@@ -1046,28 +1029,28 @@ class Memory(Kept):
         return json.dumps({**self.values(), "view": self.view.values()}, separators=(",", ":"))
 
 
-# ------------------------------------------------------------
+# --------------------
 # PARSE
-# ------------------------------------------------------------
+# --------------------
 
 
 def parse_dump(text: str) -> Actual:
     """`wg show IF dump`: a line for the interface, one for each peer, fields parted by tabs."""
     lines = [line.split("\t") for line in text.splitlines() if line]
-    if not lines or len(lines[0]) != 4 or any(len(line) != 8 for line in lines[1:]):
-        raise Invalid("`wg show … dump` printed something that this agent cannot read")
-    private = "" if lines[0][0] == "(none)" else lines[0][0]
     try:
+        if not lines or len(lines[0]) != 4 or any(len(line) != 8 for line in lines[1:]):
+            raise ValueError("other fields")
+        private = "" if lines[0][0] == "(none)" else lines[0][0]
         peers = {line[0]: _live_peer(line) for line in lines[1:]}
-        return Actual(True, private, int(lines[0][2]), peers=peers)
+        return Actual(True, private, int(lines[0][2]), peers=peers, public=lines[0][1])
     except ValueError as bad:
         raise Invalid(f"`wg show … dump` printed something that this agent cannot read ({bad})") from bad
 
 
-def _live_peer(field: Sequence[str]) -> LivePeer:
+def _live_peer(field: Words) -> LivePeer:
     try:
         where = endpoint(*split_endpoint(field[2]))
-    except Invalid:  # (none); or one that cannot be told to others: its peer chose it, which must not stop us
+    except Invalid:  # (none), or an odd one that its peer chose, which must not stop us
         where = ""
     allowed = frozenset() if field[3] == "(none)" else frozenset(field[3].split(","))
     keepalive = 0 if field[7] == "off" else int(field[7])
@@ -1075,7 +1058,7 @@ def _live_peer(field: Sequence[str]) -> LivePeer:
 
 
 class Link(NamedTuple):
-    """An interface: whether up, MTU, addresses with prefix length; whether it is a tunnel, without hardware below."""
+    """An interface: whether up, MTU, addresses with prefix length; whether it is a tunnel."""
 
     up: bool
     mtu: int
@@ -1084,7 +1067,7 @@ class Link(NamedTuple):
 
 
 def parse_links(text: str) -> dict[str, Link]:
-    """`ip addr show` of iproute2 or BusyBox: interface -> (up, mtu, addresses with prefix length), without link-local ones."""
+    """`ip addr show` of iproute2 or BusyBox, without link-local addresses."""
     links: dict[str, Link] = {}
     name = ""
     for line in text.splitlines():
@@ -1127,7 +1110,7 @@ def parse_default_gateway(text: str) -> tuple[str, str]:
         word = line.split()
         if len(word) > 7 and word[1] == word[7] == "00000000":
             with contextlib.suppress(ValueError):
-                # the kernel prints the address as a number in the machine's own byte order
+                # the kernel prints it in the machine's own byte order
                 gateway = bytes.fromhex(word[2])[:: -1 if sys.byteorder == "little" else 1]
                 best = min(best, (int(word[6]), word[0], str(ipaddress.IPv4Address(gateway))))
     return best[1:]
@@ -1142,30 +1125,33 @@ def parse_arp(text: str, address: str) -> str:
     return ""
 
 
-def parse_record(record: Any) -> dict[str, Any]:
+RECORD: dict[str, Callable[[Any], Any]] = {
+    "next": check_key,
+    "ip": lambda text: check_address(text, 4),
+    "ip6": lambda text: check_address(text, 6),
+    "ips": lambda texts: [str(ipaddress.ip_network(str(text))) for text in texts],
+    **dict.fromkeys(("static", "at", "seen", "local"), lambda text: endpoint(*split_endpoint(text))),
+}
+
+
+def parse_record(record: Any) -> Row:
     """Check one peer record of the server: an odd one must not reach a command line. Unknown fields are dropped."""
     if not isinstance(record, dict):
         raise Invalid("a peer record is no object")
-    clean: dict[str, Any] = {"id": str(record["id"]), "name": check_name(record["name"]), "key": check_key(record["key"])}
-    if record.get("ip"):
-        clean["ip"] = check_address(record["ip"], 4)
-    if record.get("ip6"):
-        clean["ip6"] = check_address(record["ip6"], 6)
-    if record.get("ips"):
-        clean["ips"] = [str(ipaddress.ip_network(str(text))) for text in record["ips"]]
-    for kind in ("static", "at", "seen", "local"):
+    clean: Row = {"id": str(record["id"]), "name": check_name(record["name"]), "key": check_key(record["key"])}
+    for kind, check in RECORD.items():
         if record.get(kind):
-            clean[kind] = endpoint(*split_endpoint(record[kind]))
+            clean[kind if kind != "next" else "spare"] = check(record[kind])
     if re.fullmatch(r"[0-9a-f]{1,16}", record.get("lan") or ""):
         clean["lan"] = record["lan"]
     return clean
 
 
-def parse_me(me: Any) -> dict[str, Any]:
+def parse_me(me: Any) -> Row:
     """Check the server's settings for this node."""
     if not isinstance(me, dict):
         raise Invalid("own settings are no object")
-    clean: dict[str, Any] = {"name": check_name(me["name"]), "look": str(me.get("look", "-"))}
+    clean: Row = {"name": check_name(me["name"]), "look": str(me.get("look", "-"))}
     for kind, version, width in (("ip", 4, "range"), ("ip6", 6, "range6")):
         if me.get(kind):
             clean[kind] = check_address(me[kind], version)
@@ -1174,11 +1160,11 @@ def parse_me(me: Any) -> dict[str, Any]:
                 raise Invalid(f"the own address {clean[kind]} is not in {network}")
             clean[width] = str(network)
     clean["port"] = check_port(me["port"])
-    for kind, low, high in (("keepalive", 0, 65535), ("mtu", 576, 65535)):
-        if isinstance(me[kind], bool) or not isinstance(me[kind], int) or not low <= me[kind] <= high:
+    for kind, low in (("keepalive", 0), ("mtu", 576)):
+        if isinstance(me[kind], bool) or not isinstance(me[kind], int) or not low <= me[kind] <= 65535:
             raise Invalid(f"{kind} is {me[kind]!r}")
         clean[kind] = me[kind]
-    for kind, usual in (("dns", True), ("forwarding", True), ("punch", True), ("local", False)):
+    for kind, usual in (("dns", True), ("forwarding", True), ("punch", True), ("local", False), ("refresh", False)):
         clean[kind] = me.get(kind, usual) is True
     clean["deny"] = [str(node) for node in me.get("deny", ())]
     clean["interface"] = check_interface(me.get("interface") or "nm-")
@@ -1203,13 +1189,28 @@ def parse_news(view: View, news: Any) -> View:
         if "me" in news:
             after.me = parse_me(news["me"])
         return after
-    except (KeyError, TypeError, ValueError, AttributeError) as bad:
+    except MALFORMED as bad:
         raise BadAnswer(f"the server sent something that this agent does not understand ({bad}): update netclient-lite?") from bad
 
 
-# ------------------------------------------------------------
+def parse_switch(told: Any, at: float) -> dict[str, float]:
+    """`in` of an answer that came at a time: when the keys of these nodes change."""
+    if not isinstance(told, dict):
+        return {}
+    return {node: at + min(max(0.0, left), LONGEST) for node, left in told.items() if isinstance(left, (int, float))}
+
+
+def parse_keys(text: str) -> tuple[str, Spare]:
+    """`wgkey-NETWORK`: the private key in force, then, until it is, the next one with its public half."""
+    private, *more = text.split()
+    if len(more) not in (0, 2):
+        raise Invalid("cut off, or written by another version")
+    return check_key(private), (check_key(more[0]), check_key(more[1])) if more else None
+
+
+# --------------------
 # PLAN
-# ------------------------------------------------------------
+# --------------------
 
 
 def inside(address: str, networks: Iterable[str]) -> bool:
@@ -1217,8 +1218,8 @@ def inside(address: str, networks: Iterable[str]) -> bool:
     return any(parsed in ipaddress.ip_network(text, strict=False) for text in networks)
 
 
-def candidates(record: Mapping[str, Any], place: Place) -> list[str]:
-    """The endpoints worth trying for a peer, best first (SPEC: static; local in the same LAN; observed; seen by the server).
+def candidates(record: Fields, place: Place) -> list[str]:
+    """The endpoints worth trying for a peer, best first: static; local in the same LAN; observed; seen by the server.
 
     A local address without proof that the LAN is the same comes last: tried in turn, only while there is no handshake.
     """
@@ -1237,21 +1238,18 @@ def candidates(record: Mapping[str, Any], place: Place) -> list[str]:
     return [*public, local] if place.seen in homes or not homes else public
 
 
-def proven_local(record: Mapping[str, Any], place: Place) -> bool:
-    """Whether a peer is known to be in this LAN: on one of its subnets and behind the same gateway, by the hash of its MAC."""
+def proven_local(record: Fields, place: Place) -> bool:
+    """Whether a peer is known to be in this LAN: on one of its subnets, and behind the same gateway."""
     local = record.get("local", "")
     same_lan = bool(place.lan) and record.get("lan") == place.lan
     return same_lan and bool(local) and inside(split_endpoint(local)[0], place.subnets)
 
 
-def choose_endpoint(
-    record: Mapping[str, Any], place: Place, live: str, fresh: bool, turn: int, saved: str = "", deaf: bool = False
-) -> str:
+def choose_endpoint(record: Fields, place: Place, live: str, fresh: bool, turn: int, saved: str = "", deaf: bool = False) -> str:
     """The endpoint to set for a peer; "" leaves it as it is.
 
-    live: what WireGuard has now; fresh: a session lives there; turn: how many TURNs it has been without one; saved: the
-    last that had a handshake before a reboot; deaf: the local address was tried, and no handshake followed. A fresh endpoint
-    moves only to an address that is proven to be in the same LAN.
+    live: what WireGuard has now; fresh: a session lives there; turn: how many TURNs it has been without one; saved: the last
+    with a handshake before a reboot; deaf: the local address did not answer. A fresh endpoint moves only into the same LAN.
     """
     known = candidates(record, place)
     near = proven_local(record, place) and not record.get("static") and not place.local_only
@@ -1261,16 +1259,16 @@ def choose_endpoint(
         known = [*known[1:], known[0]]
     if saved and not live and saved not in known and not place.local_only and not record.get("static"):
         known = [saved, *known]
-    return known[(turn - (near and deaf and turn > 0)) % len(known)] if known else ""  # a turn of its own for the one put first
+    return known[(turn - (near and deaf and turn > 0)) % len(known)] if known else ""
 
 
-def allowed_ips(record: Mapping[str, Any]) -> list[str]:
+def allowed_ips(record: Fields) -> list[str]:
     own = [record["ip"] + "/32"] if record.get("ip") else []
     own += [record["ip6"] + "/128"] if record.get("ip6") else []
     return own + list(record.get("ips", ()))
 
 
-def guarded(view: View, node: str, keep_out: Sequence[str]) -> tuple[dict[str, frozenset[str]], list[str]]:
+def guarded(view: View, node: str, keep_out: Words) -> tuple[dict[str, frozenset[str]], list[str]]:
     """Allowed IPs by node: no address owned twice, no range that swallows one of `keep_out` (server, endpoints, own LAN).
 
     Returns them with a sentence for each range left out.
@@ -1313,15 +1311,28 @@ def _unfit(text: str, homes: Sequence[Any], out: Sequence[tuple[str, Any]]) -> s
     return f"it would take {swallowed} into the tunnel" if swallowed else ""
 
 
+def keeping_keys(before: View, after: View, live: Mapping[str, LivePeer]) -> None:
+    """Of two keys of a node news must not undo the one in use; what a restored server forgot is one, too. Changes `after`."""
+    restored = before.incarnation not in ("-", after.incarnation)
+    for node, record in after.peers.items():
+        key = before.peers.get(node, record)["key"]
+        other = key == record.get("spare") or (restored and key != record["key"])
+        if other and key in live and live[key].handshake:
+            after.peers[node] = {**record, "key": key, "spare": record["key"], "moved": True}
+
+
 def desire(
-    view: View, node: str, config: Config, private: str, endpoints: Mapping[str, str], keep_out: Sequence[str] = ()
+    view: View, node: str, config: Config, private: str, endpoints: Mapping[str, str], keep_out: Words = ()
 ) -> tuple[Desired, list[str]]:
-    """The interface that the view asks for, and the guards' warnings. `endpoints`: by node, from choose_endpoint."""
+    """The interface that the view asks for, and the guards' warnings. `endpoints`: by node (or key of a second peer of it)."""
     me = view.me
     ranges = [me[width] for width in ("range", "range6") if me.get(width)]
     addresses = [me[kind] + "/" + me[width].split("/")[1] for kind, width in (("ip", "range"), ("ip6", "range6")) if me.get(kind)]
     allowed, warnings = guarded(view, node, keep_out)
     peers = {}
+    for spare in filter(None, (view.peers[other].get("spare") for other in allowed)):
+        where = endpoints.get(spare, "")
+        peers[spare] = Peer(spare, where, frozenset(), me["keepalive"] if where else 0)
     for other, own in allowed.items():
         key = view.peers[other]["key"]
         peers[key] = Peer(key, endpoints.get(other, ""), own, me["keepalive"])
@@ -1339,13 +1350,15 @@ def plan(actual: Actual, desired: Desired, create: Step, batch: bool = False) ->
     """
     steps = [] if actual.exists else [create]
     steps += _device_steps(actual, desired)
+    kicked = {key: actual.peers[key]._replace(keepalive=value) for key, value in _kicks(actual, desired).items()}
+    actual = actual._replace(peers={**actual.peers, **kicked})
     dropped = [address for address in actual.addresses if address not in desired.addresses]
     stay = [address for address in actual.addresses if address in desired.addresses and not _falls(address, actual, desired)]
     added = desired.addresses - set(stay)
     steps += _route_steps(desired.interface, "del", actual.routes - desired.routes, batch)
-    # the secondary ones first: a primary IPv4 address takes them along (promote_secondaries is off), which leaves none to delete
+    # the secondary ones first: a primary IPv4 address takes them along (promote_secondaries is off)
     steps += [_address_step(desired.interface, "del", address) for address in reversed(dropped)]
-    if actual.mtu != desired.mtu:  # below 1280 there is no IPv6: lowered when old addresses are gone, raised before new ones
+    if actual.mtu != desired.mtu:  # below 1280 there is no IPv6: lowered after old addresses, raised before new ones
         steps.append(Step(("ip", "link", "set", "dev", desired.interface, "mtu", str(desired.mtu)), "set MTU %d" % desired.mtu))
     steps += [_address_step(desired.interface, "add", address) for address in sorted(added)]
     if not actual.up:
@@ -1361,7 +1374,7 @@ def plan(actual: Actual, desired: Desired, create: Step, batch: bool = False) ->
 
 
 def _falls(address: str, actual: Actual, desired: Desired) -> bool:
-    """Whether an address goes with the primary one of its network, which is to be deleted. Linux lists the primary ones first."""
+    """Whether an address goes with the primary one of its network. Linux lists the primary ones first."""
     network = ipaddress.ip_interface(address).network
     first = next(other for other in actual.addresses if ipaddress.ip_interface(other).network == network)
     return network.version == 4 and first not in desired.addresses
@@ -1372,19 +1385,24 @@ def networks_of(addresses: Iterable[str]) -> frozenset[str]:
 
 
 def _device_steps(actual: Actual, desired: Desired) -> list[Step]:
-    steps = []
     words: list[str] = []
     if actual.port != desired.port:
         words += ["listen-port", str(desired.port)]
     secret = actual.private != desired.private
-    if secret:  # through standard input: arguments are visible to every user of the machine
+    if secret:  # through standard input: every user sees arguments
         words += ["private-key", "/dev/stdin"]
     if words:
-        why = "set " + (" and ".join(words[::2])).replace("private-key", "private key").replace(
-            "listen-port", "port %d" % desired.port
-        )
-        steps.append(Step(("wg", "set", desired.interface, *words), why, desired.private + "\n" if secret else "", secret))
-    return steps
+        why = "set " + " and ".join(words[::2]).replace("-key", " key").replace("listen-port", "port %d" % desired.port)
+        for key, value in _kicks(actual, desired).items():
+            words += ["peer", key, "persistent-keepalive", str(value)]
+        return [Step(("wg", "set", desired.interface, *words), why, desired.private + "\n" if secret else "", secret)]
+    return []
+
+
+def _kicks(actual: Actual, desired: Desired) -> dict[str, int]:
+    """By peer: a keepalive to set with a new private key. The right one, set after that, makes a packet, and so a handshake."""
+    stay = sorted(actual.peers.keys() & desired.peers.keys()) if actual.private not in ("", desired.private) else ()
+    return {key: 0 if desired.peers[key].keepalive else 1 for key in stay}
 
 
 def _address_step(interface: str, verb: str, address: str) -> Step:
@@ -1395,8 +1413,7 @@ TRY = "try another endpoint of"  # no news: a check-in does not speak of it
 
 
 def plan_peers(actual: Actual, desired: Desired) -> list[Step]:
-    """One `wg` for all removals, one for all new and changed peers, which get only what differs: allowed-ips named again would be
-    empty for a moment."""
+    """One `wg` for all removals, one for all others, with what differs: allowed-ips named again would be empty for a moment."""
     gone = sorted(set(actual.peers) - set(desired.peers))
     changed, moved = [], 0
     for key in sorted(desired.peers):
@@ -1408,8 +1425,8 @@ def plan_peers(actual: Actual, desired: Desired) -> list[Step]:
     return removed + _wg_steps(desired.interface, "set" if moved < len(changed) else TRY, changed)
 
 
-def _wg_steps(interface: str, verb: str, peers: Sequence[Sequence[str]]) -> list[Step]:
-    """One `wg set` for all of them; a few only where thousands are more than Linux takes on a command line (2 MiB)."""
+def _wg_steps(interface: str, verb: str, peers: Sequence[Words]) -> list[Step]:
+    """One `wg set` for all; a few only where thousands are more than a command line takes (2 MiB)."""
     steps = []
     for start in range(0, len(peers), PEERS_AT_ONCE):
         some = peers[start : start + PEERS_AT_ONCE]
@@ -1432,7 +1449,7 @@ def _peer_words(live: LivePeer | None, peer: Peer) -> list[str]:
     return words
 
 
-METRIC = 5000  # of our routes: `ip route replace` takes the place of what has the same destination and metric, on any interface
+METRIC = 5000  # of our routes: `ip route replace` replaces what has the same destination and metric, on any interface
 
 
 def _route_steps(interface: str, verb: str, routes: Iterable[str], batch: bool) -> list[Step]:
@@ -1449,13 +1466,13 @@ def _route_steps(interface: str, verb: str, routes: Iterable[str], batch: bool) 
 
 
 def cuts_off(actual: Actual, desired: Desired) -> bool:
-    """Whether addresses or routes change on a live interface: what commit-confirm watches and can take back."""
+    """Whether addresses or routes change on a live interface: what commit-confirm can take back."""
     return actual.exists and actual.up and (frozenset(actual.addresses), actual.routes) != (desired.addresses, desired.routes)
 
 
-# ------------------------------------------------------------
+# --------------------
 # RUN
-# ------------------------------------------------------------
+# --------------------
 
 
 def show(line: str, dry: bool) -> None:
@@ -1466,7 +1483,7 @@ def show(line: str, dry: bool) -> None:
 class Run:
     """The only place that starts processes: argument lists, never a shell; secrets through standard input.
 
-    `echo` prints each command that changes the machine; `dry` prints and does not run.
+    `echo` prints what changes the machine; `dry` does not run it either.
     """
 
     def __init__(self, dry: bool = False, echo: bool = False) -> None:
@@ -1475,10 +1492,10 @@ class Run:
         self.environment = dict(os.environ, PATH=path.lstrip(":"), LC_ALL="C")  # cron's PATH lacks sbin
 
     def __call__(self, *argv: str, stdin: str = "", detached: bool = False) -> str:
-        """Run a program to its end, 30 s at most, and return what it printed; CommandFailed for anything but status 0."""
+        """What a program printed, run to its end, 30 s at most; CommandFailed for another status than 0."""
         pipe = subprocess.DEVNULL if detached else subprocess.PIPE  # a daemon would hold the pipes open
         try:
-            done = subprocess.run(  # noqa: S603 - argument lists only, and the one place that does this
+            done = subprocess.run(  # noqa: S603 - argument lists only
                 argv,
                 input=None if detached else stdin,
                 stdin=pipe if detached else None,
@@ -1503,7 +1520,7 @@ class Run:
         return any(os.access(os.path.join(place, program), os.X_OK) for place in places if place)
 
     def apply(self, steps: Iterable[Step]) -> None:
-        """Carry a plan out, in order; the first failure ends it (the next check-in plans again from what is then)."""
+        """Carry a plan out, in order; the first failure ends it (the next check-in plans anew)."""
         for step in steps:
             if self.echo:
                 shown = step.stdin.rstrip("\n") if not step.secret else "(private key)"
@@ -1512,19 +1529,19 @@ class Run:
                 self(*step.argv, stdin=step.stdin, detached=step.detached)
 
 
-# ------------------------------------------------------------
+# --------------------
 # FILES
-# ------------------------------------------------------------
+# --------------------
 
 
 class Files:
-    """The only place that writes files that last: 0600 from the first byte, temp file + fsync + rename, and only what differs."""
+    """The only place that writes files that last: 0600, temp file + fsync + rename, and only what differs."""
 
     def __init__(self, dry: bool = False) -> None:
         self.dry = dry
 
     def write(self, path: str, text: str, mode: int = 0o600) -> bool:
-        """Replace a file, or leave it alone where it already says that; whether it was written. NetclientError on a full disk."""
+        """Replace a file that says something else; whether it was written. NetclientError on a full disk."""
         if read_text(path) == text and os.path.exists(path):
             return False
         if self.dry:
@@ -1539,9 +1556,7 @@ class Files:
             self.keep(temporary, path)
         except OSError as bad:
             self._discard(temporary)
-            raise NetclientError(
-                f"cannot write {path} ({bad.strerror}): the old file is untouched; make room and run this again"
-            ) from bad
+            raise NetclientError(f"cannot write {path} ({bad.strerror}): the old file is untouched; make room") from bad
         return True
 
     def remove(self, path: str) -> None:
@@ -1551,24 +1566,25 @@ class Files:
             return
         self._discard(path)
 
-    def volatile(self, path: str, text: str) -> None:
-        if self.dry:
-            return
+    @contextlib.contextmanager
+    def _folder(self, path: str, verb: str) -> Iterator[None]:
         try:
             os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
-            write_volatile(path, text)
+            yield
         except OSError as bad:
-            raise NetclientError(f"cannot write {path} ({bad.strerror}): make room there") from bad
+            raise NetclientError(f"cannot {verb} {path} ({bad.strerror}): make room there") from bad
+
+    def volatile(self, path: str, text: str) -> None:
+        if not self.dry:
+            with self._folder(path, "write"):
+                write_volatile(path, text)
 
     def lock(self, path: str, wait: bool = False) -> int | None:
-        """Take a lock file, making its folder; None when another run has it. A dry run without a folder has nothing to lock."""
+        """Take a lock file; None when another run has it. A dry run without the folder has nothing to lock."""
         if self.dry and not os.path.isdir(os.path.dirname(path)):
             return os.open(os.devnull, os.O_RDONLY)
-        try:
-            os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
+        with self._folder(path, "lock"):
             return lock(path, wait)
-        except OSError as bad:
-            raise NetclientError(f"cannot lock {path} ({bad.strerror}): make room there") from bad
 
     def keep(self, temporary: str, path: str) -> None:
         """Put a written file in its place so that a power cut leaves the old or the new one."""
@@ -1579,12 +1595,9 @@ class Files:
     @staticmethod
     def _sync(path: str) -> None:
         handle = os.open(path, os.O_RDONLY)
-        try:
+        with contextlib.suppress(OSError):  # some FUSE and network file systems cannot
             os.fsync(handle)
-        except OSError:
-            pass  # some FUSE and network file systems cannot
-        finally:
-            os.close(handle)
+        os.close(handle)
 
     @staticmethod
     def _discard(path: str) -> None:
@@ -1592,9 +1605,9 @@ class Files:
             os.unlink(path)
 
 
-# ------------------------------------------------------------
+# --------------------
 # SYSTEM
-# ------------------------------------------------------------
+# --------------------
 
 OVERLAY_OR_CONTAINER = re.compile(r"(lo|docker.*|br-[0-9a-f]{12}|veth.*|cni.*|virbr.*|tun.*|wg.*|nm-.*)$")
 USERSPACE = ("wireguard-go", "boringtun-cli", "boringtun")
@@ -1623,7 +1636,7 @@ class KernelWireGuard:
 
 
 class UserspaceWireGuard:
-    """A userspace implementation: WG_QUICK_USERSPACE_IMPLEMENTATION, as wg-quick has it, else wireguard-go, else boringtun."""
+    """WG_QUICK_USERSPACE_IMPLEMENTATION, as wg-quick has it, else wireguard-go, else boringtun."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -1637,7 +1650,7 @@ class UserspaceWireGuard:
         return Step((self.programs[0], interface), f"make {interface} in userspace", detached=True)
 
 
-YOUNG = 600.0  # seconds after booting in which a clock may be set: later somebody else has, or trusts it as it is
+YOUNG = 600.0  # seconds after booting in which a clock may be set
 
 
 class System:
@@ -1651,10 +1664,8 @@ class System:
         for backend in (KernelWireGuard(self.run), UserspaceWireGuard(self.run)):
             if backend.is_supported():
                 return backend
-        raise NetclientError(
-            "this machine has no WireGuard: the kernel has none and no wireguard-go or boringtun was found (with /dev/net/tun); "
-            "install kmod-wireguard (OpenWrt), wireguard-go, or a newer kernel"
-        )
+        why = "this machine has no WireGuard in its kernel, and no wireguard-go or boringtun (with /dev/net/tun)"
+        raise NetclientError(why + ": install kmod-wireguard (OpenWrt), wireguard-go, or a newer kernel")
 
     def exists(self, interface: str) -> bool:
         return any(line.split(":")[0].strip() == interface for line in read_text("/proc/net/dev").splitlines())
@@ -1681,10 +1692,9 @@ class System:
             return False
 
     def subnets(self, links: Mapping[str, Link]) -> dict[str, str]:
-        """Addresses with prefix length and their interface, of real networks only: no loopback, container, tunnel or overlay."""
-        real = {
-            name: link for name, link in links.items() if link.up and not link.tunnel and not OVERLAY_OR_CONTAINER.match(name)
-        }
+        """Addresses with prefix length and their interface, without loopback, containers, tunnels and overlays."""
+        up = ((name, link) for name, link in links.items() if link.up and not link.tunnel)
+        real = {name: link for name, link in up if not OVERLAY_OR_CONTAINER.match(name)}
         return {text: name for name, link in real.items() for text in link.addresses}
 
     def removal(self, interface: str) -> list[Step]:
@@ -1697,21 +1707,20 @@ class System:
         return blake2b(hardware.encode(), digest_size=4).hexdigest() if hardware else ""
 
     def machine_hash(self) -> str:
-        """A hash that stays with the hardware and differs on a clone: the MACs of its cards, and the machine id."""
-        cards = {}
+        """A hash that stays with the hardware: the MACs of its cards, and the machine id."""
+        cards, real = [], []
         for name in sorted(os.listdir("/sys/class/net") if os.path.isdir("/sys/class/net") else ()):
             if not OVERLAY_OR_CONTAINER.match(name):
-                folder = f"/sys/class/net/{name}/"  # assigned 0: for good; wireless cards change theirs at random
+                folder = f"/sys/class/net/{name}/"  # assigned 0: for good
                 lasting = os.path.exists(folder + "device") and read_text(folder + "addr_assign_type").strip() in ("", "0")
-                cards[name] = (read_text(folder + "address").strip(), lasting)
-        real = [mac_address for mac_address, is_real in cards.values() if is_real] or [
-            mac_address for mac_address, _ in cards.values()
-        ]
+                cards.append(read_text(folder + "address").strip())
+                real += cards[-1:] if lasting else []
+        real = real or cards
         return blake2b(" ".join([*real, read_text("/etc/machine-id").strip()]).encode(), digest_size=8).hexdigest()
 
     def port_is_free(self, port: int) -> bool:
         """Whether a UDP port can be bound, on IPv4 and, where there is IPv6, on that too."""
-        for family, anywhere in ((_socket.AF_INET, "0.0.0.0"), (_socket.AF_INET6, "::")):  # noqa: S104 - as WireGuard will bind it
+        for family, anywhere in ((_socket.AF_INET, "0.0.0.0"), (_socket.AF_INET6, "::")):  # noqa: S104
             try:
                 sock = _socket.socket(family, _socket.SOCK_DGRAM)
             except OSError:
@@ -1728,7 +1737,7 @@ class System:
         return True
 
     def step_clock(self, known: float, whose: str) -> str:
-        """Compare with a time that has surely been; step forward, never back, where no RTC keeps the clock. What happened."""
+        """Compare with a time that has been; step forward, never back, where no RTC keeps the clock. What happened."""
         behind = known - time.time()
         if behind < 60:
             return ""
@@ -1742,13 +1751,13 @@ class System:
         return f"the clock was {behind:.0f} s behind {whose} and has been set forward"
 
 
-# ------------------------------------------------------------
+# --------------------
 # API
-# ------------------------------------------------------------
+# --------------------
 
 
 class Reply(NamedTuple):
-    """What came over HTTP, not verified yet: status, headers by lower-case name, body, own address ("" where unknown)."""
+    """What came over HTTP, not verified: status, headers by lower-case name, body, own address or ""."""
 
     status: int
     headers: Mapping[str, str]
@@ -1775,12 +1784,7 @@ class SocketTransport:
 
     def send(self, url: str, path: str, line: str, body: bytes, timeout: float, verify: bool) -> Reply:
         tls, host, port, prefix = split_url(url)
-        if line:
-            request = post(host, port, prefix, path, line, body)
-        else:
-            name = f"[{host}]" if ":" in host else host
-            request = ("GET %s%s HTTP/1.0\r\nHost: %s:%d\r\n\r\n" % (prefix, path, name, port)).encode()
-        return Reply(*http(host, port, tls, request, timeout, verify))
+        return Reply(*http(host, port, tls, post(host, port, prefix, path, line, body), timeout, verify))
 
 
 class RequestsTransport:
@@ -1831,14 +1835,14 @@ class Session:
         self.own = ""
         self.server = ""
 
-    def exchange(self, report: Mapping[str, Any] | None = None) -> tuple[Answer, Any]:
+    def exchange(self, report: Fields | None = None) -> tuple[Answer, Any]:
         """(answer, its body from JSON or None). Refused when the server says no, Unreachable when none answers."""
         done: tuple[Answer, Any] = self._any_server(lambda server: self._exchange(server, report))
         return done
 
-    def join(self, proof: Callable[[bytes], Mapping[str, Any]], facts: Mapping[str, Any], wishes: Mapping[str, Any]) -> Any:
-        """Become a node: the server's answer. `proof` makes the proof for a nonce, {} without an access key."""
-        return self._any_server(lambda server: self._join(server, proof, facts, wishes))
+    def join(self, ask: Callable[[bytes], Fields]) -> Any:
+        """Become a node: the server's answer. `ask` makes the body for a nonce."""
+        return self._any_server(lambda server: self._join(server, ask))
 
     def prove(self) -> Answer:
         answer: Answer = self._any_server(self._prove)
@@ -1876,10 +1880,8 @@ class Session:
         except (OSError, BadAnswer, ValueError):
             return f"gives no answer that counts: {bad} (a captive portal?)"
         if other != self.secret.pin:
-            trusted = f"({b64(other)}, not {b64(self.secret.pin)})"
-            return (
-                f"has another key than the one this agent trusts {trusted}: refused. If it was made new on purpose, join --force"
-            )
+            keys = f"({b64(other)}, not {b64(self.secret.pin)})"
+            return f"has another key than this agent trusts {keys}: refused. Was it made new on purpose, join --force"
         return f"gives no answer that counts: {bad}"
 
     def _send(self, server: str, path: str, line: str, body: bytes) -> Reply:
@@ -1898,7 +1900,7 @@ class Session:
         except (ValueError, RecursionError) as bad:
             raise BadAnswer("the answer is no JSON") from bad
 
-    def _exchange(self, server: str, report: Mapping[str, Any] | None) -> tuple[Answer, Any]:
+    def _exchange(self, server: str, report: Fields | None) -> tuple[Answer, Any]:
         body = self._sealed(json.dumps(report, separators=(",", ":")).encode() if report else b"")
         node, challenge = self.secret.node, "-"
         for _ in range(5):
@@ -1907,14 +1909,14 @@ class Session:
             line = self.counters.line(self.secret, node, challenge, body)
             reply = self._send(server, EXCHANGE_PATH, line, body)
             if reply.status == 404 and HEADER.lower() not in reply.headers and "@" not in node:
-                # it does not know us: say who we are, so that it can answer with a signature
+                # it does not know us: say who we are, so that it can sign
                 node = f"{self.secret.node}@{b64(self.secret.agent)}@{self.secret.network}"
                 continue
             answer, data = self._verified(line, reply)
             if answer.status in (200, 204):
                 return answer, data
             if answer.status != 409 or not isinstance(data, dict) or "error" in data:
-                raise Refused(answer.status, _sentence(data, answer.status), data)
+                raise Refused(answer.status, data)
             challenge = str(data.get("challenge", "-"))
             if challenge == "-":
                 self.counters.incarnation = str(data["incarnation"])
@@ -1932,51 +1934,43 @@ class Session:
         line = self._join_line("-", os.urandom(16), b"")
         answer, data = self._verified(line, self._send(server, JOIN_PATH, line, b""))
         if answer.status != 409:
-            raise Refused(answer.status, _sentence(data, answer.status), data)
+            raise Refused(answer.status, data)
         self.counters.incarnation = str(data["incarnation"])
         return answer
 
-    def _join(
-        self, server: str, proof: Callable[[bytes], Mapping[str, Any]], facts: Mapping[str, Any], wishes: Mapping[str, Any]
-    ) -> Any:
+    def _join(self, server: str, ask: Callable[[bytes], Fields]) -> Any:
         for _ in range(3):
             nonce = os.urandom(16)
-            asked = {**proof(nonce), "facts": facts, "wishes": wishes}
-            body = self._sealed(json.dumps(asked, separators=(",", ":")).encode())
+            body = self._sealed(json.dumps(ask(nonce), separators=(",", ":")).encode())
             line = self._join_line(self.counters.incarnation, nonce, body)
             answer, data = self._verified(line, self._send(server, JOIN_PATH, line, body))
             if answer.status == 200:
                 return data
             if answer.status != 409 or "incarnation" not in data:
-                raise Refused(answer.status, _sentence(data, answer.status), data)
+                raise Refused(answer.status, data)
             self.counters.incarnation = str(data["incarnation"])
         raise BadAnswer("the server changes its incarnation again and again")
 
 
-def _sentence(data: Any, status: int) -> str:
-    said = data.get("error") or data.get("message") if isinstance(data, dict) else ""
-    return str(said or "the server answers %d without a word" % status)[:500]
-
-
 def fetch_pin(sender: SocketTransport | RequestsTransport, server: str, verify: bool = False) -> bytes:
-    """The key that a server claims to have: proves nothing by itself. BadAnswer when it is no netmaker-lite server."""
+    """The key that a server claims to have. BadAnswer when it is no netmaker-lite server."""
     reply = sender.send(server, HELLO_PATH, "", b"", HTTP_TIMEOUT, verify)
     try:
         pin = unb64(json.loads(reply.body)["pin"])
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as bad:
+        if len(pin) != KEY_BYTES:
+            raise ValueError("no key")
+        return pin
+    except MALFORMED as bad:
         raise BadAnswer("there is no netmaker-lite server") from bad
-    if len(pin) != KEY_BYTES:
-        raise BadAnswer("there is no netmaker-lite server")
-    return pin
 
 
-# ------------------------------------------------------------
+# --------------------
 # RECONCILE
-# ------------------------------------------------------------
+# --------------------
 
 
 class Context(NamedTuple):
-    """What every command works with: where the files are, the doors to the machine, and how to speak to the user."""
+    """What every command works with: files, the doors to the machine, how to speak to the user."""
 
     paths: Paths
     run: Run
@@ -1986,9 +1980,9 @@ class Context(NamedTuple):
 
 
 def watch(memory: Memory, actual: Actual, wall: float, now: float) -> set[str]:
-    """The keys of peers whose session lives; the memory notes when bytes came last, and since when there is no handshake.
+    """The keys of peers whose session lives; the memory notes when bytes came, and since when there is no handshake.
 
-    A handshake younger than 180 s, and, with keepalives (every 20 s), bytes received within the last minute.
+    A handshake younger than 180 s, and, with keepalives, bytes received within the last minute.
     """
     fresh = set()
     for key, live in actual.peers.items():
@@ -1996,7 +1990,7 @@ def watch(memory: Memory, actual: Actual, wall: float, now: float) -> set[str]:
         rx, heard, handshake, born, tx = before if len(before) == 5 else (-1, 0, -1, 0, -1)
         if rx != live.rx:
             heard = int(now)
-        if handshake != live.handshake:  # its age by the clock counts once: later the clock may step
+        if handshake != live.handshake:  # its age counts once: later the clock may step
             born = int(now - max(0.0, wall - live.handshake))
         memory.rx[key] = [live.rx, heard, live.handshake, born, live.tx]
         silent = live.keepalive and now - heard >= max(60, 3 * live.keepalive)
@@ -2005,27 +1999,21 @@ def watch(memory: Memory, actual: Actual, wall: float, now: float) -> set[str]:
             memory.waiting.pop(key, None)
         elif live.keepalive or not live.handshake or (tx >= 0 and tx != live.tx and rx == live.rx):
             memory.waiting.setdefault(key, now)
-        elif rx != live.rx:  # without keepalives a tunnel that nobody uses is silent, and nothing is wrong
+        elif rx != live.rx:  # without keepalives a tunnel that nobody uses is silent
             memory.waiting.pop(key, None)
-    for past in set(memory.waiting) - set(actual.peers):
-        del memory.waiting[past]
-    for past in set(memory.rx) - set(actual.peers):
-        del memory.rx[past]
+    for known in (memory.waiting, memory.rx):
+        for past in set(known) - set(actual.peers):
+            del known[past]
     return fresh
 
 
-def report(
-    memory: Memory, actual: Actual, fresh: set[str], facts: Mapping[str, Any], wishes: Mapping[str, Any], now: float
-) -> dict[str, Any]:
+def report(memory: Memory, actual: Actual, fresh: set[str], facts: Fields, wishes: Fields, now: float) -> Row:
     """What an exchange tells the server: only what changed since it last heard."""
     node_of = {record["key"]: node for node, record in memory.view.peers.items()}
     seen = {node_of[key]: actual.peers[key].endpoint for key in fresh if key in node_of and actual.peers[key].endpoint}
-    mute = {
-        node_of[key]: True
-        for key, since in memory.waiting.items()
-        if key in node_of and now - since > 60 and actual.peers[key].tx and actual.peers[key].endpoint
-    }
-    told: dict[str, Any] = {
+    waited = (key for key, since in memory.waiting.items() if key in node_of and now - since > 60)
+    mute = {node_of[key]: True for key in waited if actual.peers[key].tx and actual.peers[key].endpoint}
+    told: Row = {
         "facts": {name: value for name, value in facts.items() if memory.facts.get(name) != value},
         "wishes": {name: value for name, value in wishes.items() if memory.wishes.get(name) != value},
         "seen": {**dict.fromkeys(memory.seen.keys() - seen.keys()), **{n: e for n, e in seen.items() if memory.seen.get(n) != e}},
@@ -2036,7 +2024,7 @@ def report(
 
 
 def with_ranges_of(view: View, old: View) -> None:
-    """Give the peers the ranges behind them that an older view has: these are routes, and routes are taken back."""
+    """Give the peers the ranges that an older view has: these are routes, which are taken back."""
     for node, record in view.peers.items():
         ranges = old.peers.get(node, {}).get("ips")
         view.peers[node] = {name: value for name, value in record.items() if name != "ips"}
@@ -2044,7 +2032,7 @@ def with_ranges_of(view: View, old: View) -> None:
             view.peers[node]["ips"] = ranges
 
 
-def reported(memory: Memory, told: Mapping[str, Any]) -> None:
+def reported(memory: Memory, told: Fields) -> None:
     memory.facts.update(told.get("facts", {}))
     memory.wishes.update(told.get("wishes", {}))
     for name, known in (("seen", memory.seen), ("mute", memory.mute)):
@@ -2065,7 +2053,7 @@ def lingering(memory: Memory, before: View, after: View, snapshot: bool, now: fl
         theirs, ours = after.peers.get(node), before.peers.get(node)
         if theirs is None and ours is not None and snapshot:
             after.peers[node] = ours
-        elif theirs is not ours or theirs is None:  # the server knows it again, or named it among those that are gone
+        elif theirs is not ours or theirs is None:  # the server knows it again, or named it as gone
             del memory.kept[node]
     others = [record for node, record in after.peers.items() if node not in memory.kept]
     taken = {record.get(kind) for record in others for kind in ("key", "ip", "ip6")} - {None}
@@ -2094,22 +2082,32 @@ def forget_staged(context: Context, network: str) -> None:
 class Node:
     """One membership on this machine: its files, its conversation, its interface."""
 
-    def __init__(self, context: Context, config: Config, secret: Secret, private: str) -> None:
-        self.context, self.config, self.secret, self.private = context, config, secret, private
+    def __init__(self, context: Context, config: Config, secret: Secret, private: str, spare: Spare = None) -> None:
+        self.context, self.config, self.secret, self.private, self.spare = context, config, secret, private, spare
         self.paths, self.files, self.run = context.paths, context.files, context.run
-        self.counters = Counters(read_text(self.paths.of("state", config.network)))
+        self.system = context.system
+        self.counters = Counters(read_text(self.file("state")))
         self.memory = self._remembered()
         self.session = Session(config, secret, self.counters, self.save_counters)
         self.place = Place()
         self.homes: dict[str, str] = {}
         self._live = Actual()
         self.fresh: set[str] = set()
+        self.heard = 0.0
         self.changes: list[Step] = []
 
+    def file(self, kind: str) -> str:
+        return self.paths.of(kind, self.config.network)
+
+    def others(self) -> list[Row]:
+        """The records of all other nodes, by name."""
+        peers = self.memory.view.peers.items()
+        return sorted((record for node, record in peers if node != self.secret.node), key=lambda record: str(record["name"]))
+
     def move(self, context: Context) -> None:
-        """A prepared join becomes the membership: write its files where they belong, the one that says it exists last."""
+        """A prepared join becomes the membership: its files, the one that says it exists last."""
         for kind in MEMBERSHIP:
-            text = self.secret.text() if kind == "secret" else read_text(self.paths.of(kind, self.config.network))
+            text = self.secret.text() if kind == "secret" else read_text(self.file(kind))
             self.files.write(context.paths.of(kind, self.config.network), text)
         forget_staged(context, self.config.network)
         self.context, self.paths = context, context.paths
@@ -2123,36 +2121,35 @@ class Node:
             kind = "secret"
             secret = Secret.parse(network, read_text(paths.of(kind, network)))
             kind = "wgkey"
-            private = check_key(read_text(paths.of(kind, network)).strip())
+            keys = parse_keys(read_text(paths.of(kind, network)))
         except ValueError as bad:
-            raise NetclientError(
-                f"{paths.of(kind, network)} is missing or damaged: join --force with a fresh token, or leave -n {network}"
-            ) from bad
-        return cls(context, config, secret, private)
+            cure = f"join --force with a fresh token, or leave -n {network}"
+            raise NetclientError(f"{paths.of(kind, network)} is missing or damaged: {cure}") from bad
+        return cls(context, config, secret, *keys)
 
     def _remembered(self) -> Memory:
         try:
-            return Memory(json.loads(read_text(self.paths.of("memory", self.config.network))))
-        except (ValueError, TypeError, AttributeError):
+            return Memory(json.loads(read_text(self.file("memory"))))
+        except MALFORMED:
             memory = Memory()
-        with contextlib.suppress(ValueError, TypeError, AttributeError):
-            memory.view = View(json.loads(read_text(self.paths.of("peers", self.config.network))))
-        # what the user wished was told when it was written down; an administrator's later word counts
+        with contextlib.suppress(*MALFORMED):
+            memory.view = View(json.loads(read_text(self.file("peers"))))
+        # what the user wished was told when it was written down
         memory.wishes = dict(self.config.wishes)
         self.counters.word, self.counters.incarnation = "-", memory.view.incarnation
         return memory
 
     def save_counters(self) -> None:
-        self.files.volatile(self.paths.of("state", self.config.network), self.counters.text())
+        self.files.volatile(self.file("state"), self.counters.text())
 
     def save_memory(self) -> None:
-        self.files.volatile(self.paths.of("memory", self.config.network), self.memory.text())
+        self.files.volatile(self.file("memory"), self.memory.text())
 
     def save_good(self) -> None:
-        """The last good state to flash: at a change of the mesh, at most once a minute; for endpoints alone once an hour."""
+        """The last good state to flash: at a change, at most once a minute; for endpoints alone once an hour."""
         memory, now = self.memory, time.monotonic()
         age = now - memory.flashed if 0 < memory.flashed <= now else float("inf")
-        path = self.paths.of("peers", self.config.network)
+        path = self.file("peers")
         old = _loaded(read_text(path))
         endpoints = {key: self._live.peers[key].endpoint for key in self.fresh if key in self._live.peers}
         same_mesh = {**old, "endpoints": 0} == {**memory.view.values(), "endpoints": 0}
@@ -2164,18 +2161,75 @@ class Node:
         self.files.write(path, json.dumps(memory.view.values(), separators=(",", ":")) + "\n")
         memory.flashed = now
 
+    def keep_keys(self, private: str, spare: Spare) -> None:
+        """To flash: the key in force, and the next one with its public half, until that is in force."""
+        text = private + "\n" + (" ".join(spare) + "\n" if spare else "")
+        self.files.write(self.file("wgkey"), text)
+        self.private, self.spare = private, spare
+
     # -- the machine
 
     def read(self) -> Actual:
-        links = self.context.system.links()
-        self._live = self.context.system.actual(self.config.interface, links)
+        links = self.system.links()
+        self._live = self.system.actual(self.config.interface, links)
         self.fresh = watch(self.memory, self._live, time.time(), time.monotonic())
-        self.homes = self.context.system.subnets(links)
+        self.homes = self.system.subnets(links)
         me = self.memory.view.me
         own = self.memory.view.peers.get(self.secret.node, {})
         seen = split_endpoint(own["seen"])[0] if own.get("seen") else ""
-        self.place = Place(seen, tuple(self.homes), self.context.system.lan_hash(), me.get("local", False), me.get("punch", True))
+        self.place = Place(seen, tuple(self.homes), self.system.lan_hash(), me.get("local", False), me.get("punch", True))
+        for node, record in list(self.memory.view.peers.items()):
+            spare = record.get("spare")  # who missed the instant moves at the first handshake
+            if spare and self._handshake(spare) > max(self._handshake(record["key"]), self.memory.passed.get(spare, 0)):
+                self.turn(node)
         return self._live
+
+    def _handshake(self, key: str) -> int:
+        return self._live.peers[key].handshake if key in self._live.peers else 0
+
+    def turn(self, node: str) -> None:
+        """Have a node's traffic go by its other key."""
+        memory = self.memory
+        record = memory.view.peers[node]
+        old, new = record["key"], record["spare"]
+        memory.view.peers[node] = {**record, "key": new, "spare": old, "moved": not record.get("moved")}
+        memory.passed[old] = self._handshake(old)
+        memory.waiting.pop(new, None)
+        memory.deaf[new] = memory.deaf.get(old, 0)
+        memory.unsettled = time.monotonic() + UNSETTLED
+
+    def switch(self, patience: float) -> None:
+        """Change keys at the announced instants, waiting for those that are at most `patience` seconds away.
+
+        From a node that does not come with its new key others go back to the old one, until it does.
+        """
+        memory = self.memory
+        for node, at in sorted(memory.switch.items(), key=lambda pair: pair[1]):
+            own = node == self.secret.node
+            at += own and SWITCH_AFTER
+            left = at - time.monotonic()
+            if patience < left <= LONGEST or self.run.dry:
+                return
+            del memory.switch[node]
+            record = memory.view.peers.get(node, {})
+            over = record.get("moved", "spare" not in record) or record["key"] in memory.passed
+            if left > LONGEST or (not self.spare if own else over):
+                continue
+            time.sleep(max(0.0, left - 1))  # what takes time first
+            self.read()
+            if own and self.spare:
+                self.keep_keys(self.spare[0], None)
+            time.sleep(max(0.0, at - time.monotonic()))
+            if not own and not memory.view.peers[node].get("moved"):
+                self.turn(node)
+            self.apply(memory.view)
+            if not own:
+                time.sleep(SWITCH_WITHIN)
+                self.read()
+                if memory.view.peers[node].get("moved") and not self._handshake(record["spare"]):
+                    self.turn(node)
+                self.apply(memory.view)
+            self.save_memory()
 
     def keep_out(self) -> list[str]:
         endpoints = [live.endpoint for live in self._live.peers.values() if live.endpoint]
@@ -2199,11 +2253,16 @@ class Node:
             resting = live is not None and bool(live.endpoint) and key not in self.memory.waiting
             where, saved = live.endpoint if live else "", view.endpoints.get(key, "")
             chosen = choose_endpoint(record, self.place, where, resting, turn, saved, now < self.memory.deaf.get(key, 0))
-            if turn and where == record.get("local"):  # it was tried and no handshake came: the public one, for a while
+            if turn and where == record.get("local"):  # no handshake came: the public one, for a while
                 self.memory.deaf[key] = now + DEAF
+            spare = self._live.peers.get(record.get("spare", ""))
+            if spare and spare.endpoint and not where:
+                chosen = spare.endpoint
             address = split_endpoint(chosen)[0] if chosen else ""
             if chosen and address not in mine and not inside(address, ranges):
                 endpoints[node] = chosen
+                if spare and turn:  # which of the two keys the node has shows when it answers
+                    endpoints[spare.key] = chosen
         out = [*self.keep_out(), *(split_endpoint(text)[0] for text in endpoints.values())]
         wanted, warnings = desire(view, self.secret.node, self.config, self.private, endpoints, out)
         for warning in [text for text in warnings if text not in self.memory.warned]:
@@ -2214,36 +2273,33 @@ class Node:
         return wanted._replace(port=self._port(wanted.port))
 
     def _port(self, wished: int) -> int:
-        """The server's port, unless the user fixed one or another program has it; what is chosen is kept over rebuilds."""
-        config, system = self.config, self.context.system
+        """The server's port, unless the user fixed one or another program has it; kept over rebuilds."""
+        config, system = self.config, self.system
         if config.port and (config.fixed or self._live.port == config.port == wished):
             wished = config.port
         if wished != self._live.port and not system.port_is_free(wished):
             if config.fixed:
-                raise NetclientError(
-                    "UDP port %d is in use by another program: stop that, or join again with another --port" % wished
-                )
-            wished = (
-                self._live.port if self._live.port >= 1024 else next(p for p in range(wished, 65536) if system.port_is_free(p))
-            )
+                raise NetclientError("UDP port %d is in use by another program: stop that, or join with another --port" % wished)
+            free = (port for port in range(wished, 65536) if system.port_is_free(port))
+            wished = self._live.port if self._live.port >= 1024 else next(free)
         if wished != config.port:
             config.port = wished
-            self.files.write(self.paths.of("netconfig", config.network), config.text())
+            self.files.write(self.file("netconfig"), config.text())
         return wished
 
     def apply(self, view: View) -> bool:
         if view.state not in ("active", "disabled") or not (view.me.get("ip") or view.me.get("ip6")):
             return False
         wanted = self.desired(view)
-        backend = self.context.system.backend() if not self._live.exists else KernelWireGuard(self.run)
+        backend = self.system.backend() if not self._live.exists else KernelWireGuard(self.run)
         create = backend.create(self.config.interface)
         many_routes = len(wanted.routes ^ self._live.routes) > 1
-        steps = plan(self._live, wanted, create, many_routes and self.context.system.batch())
+        steps = plan(self._live, wanted, create, many_routes and self.system.batch())
         if not self._live.exists:
             self.run.apply(steps[:1])
             self._await_interface()
-            system, name = self.context.system, self.config.interface
-            steps = steps[1:] if self.run.dry else plan(system.actual(name, system.links()), wanted, create)
+            now = self.system.actual(self.config.interface, self.system.links())
+            steps = steps[1:] if self.run.dry else plan(now, wanted, create)
         if set(self._live.peers) != set(wanted.peers):
             self.memory.unsettled = time.monotonic() + UNSETTLED
         self.run.apply(steps)
@@ -2265,10 +2321,17 @@ class Node:
 
     # -- the conversation
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> Row:
         local = self.config.localaddress or self._local_address()
+        live, told = self._live, self.memory.facts
+        spare = self.spare[1] if self.spare else ""
+        known = live.public if live.private == self.private else "" if live.exists else told.get("key")
+        more: Row = {"keyed": True} if self.config.keyed else {}
+        if spare or told.get("next") or "spare" in self.memory.view.peers.get(self.secret.node, ()):
+            more["next"] = spare
         return {
-            "key": self.memory.facts.get("key") or derived_public(self.private),
+            **more,
+            "key": known or derived_public(self.private),
             "port": self.config.port,
             "fixed": self.config.fixed,
             "endpoint": self.config.endpoint,
@@ -2276,11 +2339,11 @@ class Node:
             "lan": self.place.lan,
             "os": f"{os.uname().sysname} {os.uname().release}",
             "version": __version__,
-            "machine": self.context.system.machine_hash(),
+            "machine": self.system.machine_hash(),
         }
 
     def _local_address(self) -> str:
-        """The address in the own LAN: in --localrange, else the one that the talk with the server uses, else any."""
+        """The address in the own LAN: in --localrange, else the one that the server is talked to from, else any."""
         found = [text.split("/")[0] for text in self.place.subnets]
         if self.config.localrange:
             found = [address for address in found if inside(address, [self.config.localrange])]
@@ -2293,23 +2356,24 @@ class Node:
         now = time.monotonic()
         told = {} if self.run.dry else report(self.memory, self._live, self.fresh, self.facts(), self.config.wishes, now)
         answer, data = self.session.exchange(told)
+        self.heard = answer.at
         reported(self.memory, told)
         self.memory.exchanged = now
         self._clock(answer.time, "the server's")
         return data
 
     def _clock(self, known: float, whose: str) -> None:
-        said = self.context.system.step_clock(known, whose)
+        said = self.system.step_clock(known, whose)
         if said:
             self.context.say(f"{self.config.network}: {said}")
 
-    def check_in(self, handed: Answer | None = None, afresh: bool = False) -> None:
+    def check_in(self, handed: Answer | None = None, afresh: bool = False, patience: float = 0) -> None:
         """One check-in: repair the machine from what is known, ask, apply what is new, confirm, remember.
 
-        afresh: take a snapshot whatever is known. Raises Refused, Unreachable and CommandFailed; the machine is then as the last
-        authenticated answer wants it.
+        afresh: take a snapshot whatever is known; patience: see `switch`. Raises Refused, Unreachable and CommandFailed; the
+        machine is then as the last authenticated answer wants it.
         """
-        files = [self.paths.of(kind, self.config.network) for kind in (*MEMBERSHIP, "peers")]
+        files = [self.file(kind) for kind in (*MEMBERSHIP, "peers")]
         self._clock(max((os.path.getmtime(path) for path in files if os.path.exists(path)), default=0.0), "its own files'")
         self.read()
         lapse(self.memory, self.memory.view, time.monotonic())
@@ -2318,6 +2382,7 @@ class Node:
             self.counters.word = "-"
         data = self._opened(handed) if handed is not None and handed.status == 200 else None
         for _ in range(5):
+            self.switch(patience)
             try:
                 data = data or self.exchange()
             except Unreachable:
@@ -2334,16 +2399,22 @@ class Node:
             self.save_good()
 
     def _opened(self, answer: Answer) -> Any:
+        self.heard = answer.at
         body = answer.body if self.session.box is None else unseal(self.session.box, answer.body)
         return json.loads(body)
 
-    def adopt(self, data: Mapping[str, Any]) -> None:
+    def adopt(self, data: Fields) -> None:
         """Take a delta or snapshot: check it whole, remember it, then make the machine so."""
         memory, before = self.memory, self.memory.view
         before.word = self.counters.word
         after = parse_news(before, data)
         after.incarnation = self.counters.incarnation
         lingering(memory, before, after, "from" not in data, time.monotonic())
+        keeping_keys(before, after, self._live.peers)
+        memory.switch = parse_switch(data.get("in"), self.heard)
+        memory.passed = memory.passed if memory.switch else {}
+        if before.incarnation not in ("-", after.incarnation):  # a restored server knows older ones
+            memory.facts, memory.seen, memory.mute = {}, {}, {}
         refused = memory.rejected.get("word") == after.word
         if refused:  # taken back once: its peers count, its addresses and routes do not
             after.me = before.me
@@ -2353,40 +2424,36 @@ class Node:
         self._check_clash(after)
         for node, record in after.peers.items():
             if before.peers.get(node) != record and record["key"] in memory.waiting:
-                memory.waiting[record["key"]] = time.monotonic()  # something new to try: from the first candidate on
+                memory.waiting[record["key"]] = time.monotonic()  # something new to try
         if before.me and not refused and cuts_off(self._live, self._wanted_routes(after)):
             memory.trial = before.values()
-        named = after.me.get("interface", "")  # the network's, for a first time and where the user named none
-        if (
-            not before.me
-            and named
-            and self.config.interface == "nm-" + self.config.network
-            and not self.context.system.exists(named)
-        ):
+        named = after.me.get("interface", "")  # the network's, once, where the user named none
+        if not before.me and named and self.config.interface == "nm-" + self.config.network and not self.system.exists(named):
             self.config.interface = named
-            self.files.write(self.paths.of("netconfig", self.config.network), self.config.text())
+            self.files.write(self.file("netconfig"), self.config.text())
         memory.view = after
         self.counters.word = after.word
+        asked = after.me.get("refresh") and not self.config.keyed
+        if self.spare and not asked:
+            self.keep_keys(self.private, None)
+        elif asked and not self.spare and "spare" not in after.peers.get(self.secret.node, ()):
+            new = new_private()
+            self.keep_keys(self.private, (new, derived_public(new)))
         if not self.run.dry:
             self.save_memory()
             self.save_counters()
         self.apply(after)
-        if after.me.get("port") != self.config.port:  # another than the server says: it has to hear of it again
+        if after.me.get("port") != self.config.port:  # it has to hear of ours again
             memory.facts.pop("port", None)
 
     def _wanted_routes(self, view: View) -> Desired:
-        return (
-            desire(view, self.secret.node, self.config, self.private, {}, self.keep_out())[0]
-            if view.me
-            else Desired("", "", 0, 0, frozenset(), frozenset(), {})
-        )
+        if not view.me:
+            return Desired("", "", 0, 0, frozenset(), frozenset(), {})
+        return desire(view, self.secret.node, self.config, self.private, {}, self.keep_out())[0]
 
     def _check_clash(self, view: View) -> None:
-        ranges = {view.me.get("range"), view.me.get("range6")} - {
-            None,
-            self.memory.view.me.get("range"),
-            self.memory.view.me.get("range6"),
-        }
+        before = self.memory.view.me
+        ranges = {view.me.get("range"), view.me.get("range6")} - {None, before.get("range"), before.get("range6")}
         known = ranges and self.counters.server != "-"
         servers = addresses_of(split_url(self.counters.server)[1]) if known else []
         for text, interface in {**self.homes, **dict.fromkeys(servers, "the server")}.items():
@@ -2394,13 +2461,12 @@ class Node:
             for network in map(ipaddress.ip_network, sorted(filter(None, ranges))):
                 if own.version == network.version and own.overlaps(network):
                     raise NetclientError(
-                        f"the network's range {network} overlaps {own} of {interface} on this machine: nothing was changed; "
-                        f"the administrator can move it (netmaker-lite network set {self.config.network} addressrange=…); "
-                        "a join needs a fresh token then"
+                        f"the network's range {network} overlaps {own} of {interface} here: nothing was changed; the admin can "
+                        f"move it (netmaker-lite network set {self.config.network} addressrange=…); a join needs a new token then"
                     )
 
     def _roll_back(self) -> None:
-        """Commit-confirm: the server was there before a change of addresses or routes and is not after it: take these back."""
+        """Commit-confirm: the server is gone since a change of addresses or routes: take these back."""
         trial = self.memory.trial
         if trial is None:
             return
@@ -2416,9 +2482,7 @@ class Node:
                 return
         view, old = self.memory.view, View(trial)
         self.memory.rejected = {"word": view.word, "reason": "the server could not be reached any more after applying it"}
-        self.context.say(
-            f"{self.config.network}: revision {view.word} cut the server off: its addresses and routes are taken back"
-        )
+        self.context.say(f"{self.config.network}: revision {view.word} cut the server off: addresses and routes are taken back")
         view.me, view.word = old.me, old.word
         with_ranges_of(view, old)
         self.counters.word, self.memory.trial = old.word, None
@@ -2426,10 +2490,10 @@ class Node:
         self.apply(view)
 
     def finish(self, done: bool = True) -> None:
-        """Write down when the next full check is due (after a failure at once), and what the machine looks like until then."""
+        """Write down when the next full check is due (after a failure at once), and what the machine looks like."""
         now, memory = time.monotonic(), self.memory
         hurry = any(now - since < HOPELESS for key, since in memory.waiting.items() if self._tried(key))
-        unsettled = hurry or now < memory.unsettled or memory.trial is not None  # an approval comes as a new word
+        unsettled = hurry or now < memory.unsettled or memory.trial is not None or bool(memory.switch)
         self.counters.due = now + CHECK_EVERY if done and not unsettled else 0
         self.counters.interface = self.config.interface
         self.counters.local = self.session.own or "-"
@@ -2442,7 +2506,7 @@ class Node:
         return live is not None and bool(live.endpoint) and live.keepalive > 0
 
 
-def _loaded(text: str) -> dict[str, Any]:
+def _loaded(text: str) -> Row:
     try:
         values = json.loads(text)
         return values if isinstance(values, dict) else {}
@@ -2461,21 +2525,21 @@ def new_private() -> str:
     return binascii.b2a_base64(bytes(raw), newline=False).decode()
 
 
-def check_in(context: Context, network: str, afresh: bool = False, retell: bool = False) -> ExitStatus:
-    """One check-in of one network, under its lock; another run that has the lock is no error."""
+def check_in(context: Context, network: str, afresh: bool = False, retell: bool = False, patience: float = 0) -> bool:
+    """One check-in of one network, under its lock (another run that has it is no error). Whether a key is still to change."""
     held, answer = HANDED_OVER.pop(network, (None, None))
     if held is None:
         held = context.files.lock(context.paths.of("lock", network))
     if held is None:
-        return ExitStatus.OK
+        return False
     try:
         node, done = Node.load(context, network), False
         if retell:
             node.memory.facts, node.memory.wishes, node.memory.seen, node.memory.mute = {}, {}, {}, {}
         try:
-            outcome = _check_in(node, answer, afresh)
+            _check_in(node, answer, afresh, patience)
             done = True
-            return outcome
+            return bool(node.memory.switch)
         except BadAnswer as bad:
             raise Unreachable(str(bad)) from bad
         finally:
@@ -2485,23 +2549,21 @@ def check_in(context: Context, network: str, afresh: bool = False, retell: bool 
         os.close(held)
 
 
-def _check_in(node: Node, answer: Answer | None, afresh: bool) -> ExitStatus:
+def _check_in(node: Node, answer: Answer | None, afresh: bool, patience: float) -> None:
     network, say = node.config.network, node.context.say
     try:
-        node.check_in(answer, afresh)
+        node.check_in(answer, afresh, patience)
     except Refused as no:
         if no.code == 410:
             end_membership(node, "confirm")
             say(f"{network}: removed by the administrator: {node.config.interface} is taken down and forgotten")
-            return ExitStatus.OK
+            return
         if no.code != 404:
             raise
         say(f"{network}: the server does not know this node (restored from an older backup?): joining again")
         me = node.memory.view.me  # wishing for the addresses that it has
-        enrol(
-            node,
-            {**node.config.wishes, **{wish: me[kind] for wish, kind in (("address", "ip"), ("address6", "ip6")) if me.get(kind)}},
-        )
+        held = {wish: me[kind] for wish, kind in (("address", "ip"), ("address6", "ip6")) if me.get(kind)}
+        enrol(node, {**node.config.wishes, **held})
         node.check_in(None, True)
     if node.memory.view.state == "pending":
         say(f"{network}: waiting for the administrator's approval")
@@ -2510,22 +2572,23 @@ def _check_in(node: Node, answer: Answer | None, afresh: bool) -> ExitStatus:
     done = [step.why for step in node.changes if not step.why.startswith(TRY)]
     if done and not node.run.echo:
         say(f"{network}: {'; '.join(done[:6])}{' …' if len(done) > 6 else ''}")
-    return ExitStatus.OK
 
 
-def enrol(node: Node, wishes: Mapping[str, Any]) -> None:
-    """Join at the server: with a prepared membership, and again where a restored server forgot this node."""
-    token = parse_stored(read_text(node.paths.of("nettoken", node.config.network)))
+def enrol(node: Node, wishes: Fields) -> None:
+    """Join at the server: a prepared membership, or again where a restored server forgot this node."""
+    token = parse_stored(read_text(node.file("nettoken")))
     node.read()
 
-    def proof(nonce: bytes) -> Mapping[str, Any]:
-        name, _, secret = token.partition(".")
-        return {"proof": {"key": name, "mac": key_proof(unb64(secret), node.secret.key("proof"), nonce)}} if token else {}
-
     facts = node.facts()
-    data = node.session.join(proof, facts, wishes)
+
+    def ask(nonce: bytes) -> Fields:
+        name, _, secret = token.partition(".")
+        proof = {"key": name, "mac": key_proof(unb64(secret), node.secret.key("proof"), nonce)}
+        return {"facts": facts, "wishes": wishes, **({"proof": proof} if token else {})}
+
+    data = node.session.join(ask)
     node.secret.node, node.secret.look = str(data["node"]), str(data["look"])
-    node.files.write(node.paths.of("secret", node.config.network), node.secret.text())
+    node.files.write(node.file("secret"), node.secret.text())
     node.counters.epoch, node.counters.sequence, node.counters.word = 0, -1, "-"
     node.memory.facts, node.memory.wishes = dict(facts), dict(wishes)
     node.memory.seen, node.memory.mute = {}, {}
@@ -2535,18 +2598,18 @@ def enrol(node: Node, wishes: Mapping[str, Any]) -> None:
 
 def parse_stored(text: str) -> str:
     key = text.strip()
-    if key and not re.fullmatch(r"[\w-]{1,32}\.[\w-]{22,86}", key, re.ASCII):
+    if not re.fullmatch(ACCESS_KEY, key, re.ASCII):
         raise NetclientError("the stored access key is damaged: join again with --force and a fresh token")
     return key
 
 
 def end_membership(node: Node, tell: str) -> bool:
-    """Take a membership down and forget it, and tell the server: `leave`, or `confirm` that it had removed us. Whether it heard.
+    """Take a membership down and forget it, and tell the server: `leave`, or `confirm` its removal. Whether it heard.
 
-    It works with the server gone; a server that was not heard repeats "removed" to whoever asks until the confirmation arrives.
+    It works with the server gone.
     """
     heard = False
-    node.run.apply(node.context.system.removal(node.config.interface))
+    node.run.apply(node.system.removal(node.config.interface))
     for word in (tell, "confirm") if node.secret.node != "-" and not node.run.dry else ():
         try:
             node.session.exchange({word: True})
@@ -2558,12 +2621,12 @@ def end_membership(node: Node, tell: str) -> bool:
     return heard
 
 
-# ------------------------------------------------------------
+# --------------------
 # SERVICE
-# ------------------------------------------------------------
+# --------------------
 
 LAUNCHER = """#!/bin/sh
-# Made by netclient-lite {version}; units and cron lines call this. Bytecode where it fits the interpreter, else the source.
+# Made by netclient-lite {version} for units and cron lines. Bytecode where it fits the interpreter, else the source.
 py={python} code={bytecode}
 [ -x "$py" ] && [ -f "$code" ] && exec "$py" -I -S "$code" "$@"
 exec {fallback} "$@"
@@ -2577,7 +2640,7 @@ Wants=network-online.target
 [Service]
 Type={kind}
 ExecStart={launcher} {verb}
-# a userspace WireGuard is our child and must outlive a check-in
+# a userspace WireGuard, our child, outlives a check-in
 KillMode=process
 {more}
 """
@@ -2596,7 +2659,7 @@ WantedBy=timers.target
 
 
 class Systemd:
-    """systemd: a service and its timer, or the resident daemon. Named as the original's."""
+    """systemd: a service and its timer, or the resident daemon."""
 
     name = "systemd"
     folder = "/etc/systemd/system"
@@ -2609,11 +2672,10 @@ class Systemd:
 
     def install(self, mode: str, launcher: str) -> None:
         write = self.context.files.write
-        if mode == "resident":
-            more = "Restart=always\nRestartSec=5\n\n[Install]\nWantedBy=multi-user.target"
-            text = SYSTEMD_SERVICE.format(what="stay and apply changes", kind="exec", launcher=launcher, verb="daemon", more=more)
-        else:
-            text = SYSTEMD_SERVICE.format(what="check in", kind="oneshot", launcher=launcher, verb="checkin -n all", more="")
+        more = "Restart=always\nRestartSec=5\n\n[Install]\nWantedBy=multi-user.target"
+        resident = ("stay and apply changes", "exec", "daemon", more)
+        what, kind, verb, more = resident if mode == "resident" else ("check in", "oneshot", "checkin -n all", "")
+        text = SYSTEMD_SERVICE.format(what=what, kind=kind, launcher=launcher, verb=verb, more=more)
         changed = write(self.folder + "/netclient.service", text, 0o644)
         changed = (mode == "on" and write(self.folder + "/netclient.timer", SYSTEMD_TIMER, 0o644)) or changed
         unit = "netclient.service" if mode == "resident" else "netclient.timer"
@@ -2630,9 +2692,7 @@ class Systemd:
 
 
 def settle_in(context: Context) -> str:
-    """Make `/etc/netclient/netclient`, a launcher whose path stays; a lone file copies itself beside it. The launcher's path."""
-    import py_compile
-
+    """Make `/etc/netclient/netclient`, a launcher; a lone file copies itself beside it. The launcher's path."""
     home, here = context.paths.home, os.path.abspath(__file__)
     launcher = home + "/netclient"
     here = here.replace(home + "/netclient_lite.pyc", home + "/netclient_lite.py")
@@ -2647,10 +2707,11 @@ def settle_in(context: Context) -> str:
         context.files.write(source, read_text(here), 0o755)
         fallback = "python3 " + source
         if not context.run.dry:
-            # without docstrings: CPython reads a .pyc of more than 256 KiB byte by byte, an eighth of its whole start
-            py_compile.compile(source, cfile=bytecode + ".tmp", doraise=True, optimize=2)
+            # no docstrings, no columns: CPython reads a .pyc of more than 256 KiB byte by byte
+            code = f"import py_compile as c;c.compile({source!r},{bytecode + '.tmp'!r},doraise=True,optimize=2)"
+            context.run(sys.executable, "-ISX", "no_debug_ranges", "-c", code)
             context.files.keep(bytecode + ".tmp", bytecode)
-    # python3.11, not python3: bytecode is of one version, and after an upgrade of Python the launcher must take the source
+    # python3.11, not python3: after an upgrade of Python the launcher must take the source
     python = os.path.realpath(sys.executable) if sys.prefix == sys.base_prefix else sys.executable
     text = LAUNCHER.format(version=__version__, python=python, bytecode=bytecode, fallback=fallback)
     context.files.write(launcher, text, 0o755)
@@ -2658,7 +2719,7 @@ def settle_in(context: Context) -> str:
 
 
 def install_service(context: Context, mode: str) -> None:
-    """Have a check-in happen every 15 s, or the daemon stay. Never fails a join: says what to do where it cannot."""
+    """Have a check-in happen every 15 s, or the daemon stay; where it cannot, say what to do."""
     try:
         launcher = settle_in(context)
         if mode == "off":
@@ -2670,10 +2731,8 @@ def install_service(context: Context, mode: str) -> None:
     except (NetclientError, OSError) as bad:
         context.say(f"the service could not be set up: {bad}")
         return
-    context.say(
-        "no init system that this agent knows runs here: have cron call "
-        f"`{launcher} checkin -n all` every 15 s (cron/README.md), or keep `{launcher} daemon` running"
-    )
+    ways = f"`{launcher} checkin -n all` every 15 s (cron/README.md), or keep `{launcher} daemon` running"
+    context.say("no init system that this agent knows runs here: have cron call " + ways)
 
 
 def nudge_daemon(context: Context) -> None:
@@ -2683,9 +2742,9 @@ def nudge_daemon(context: Context) -> None:
             os.kill(int(pid), signal.SIGHUP)
 
 
-# ------------------------------------------------------------
+# --------------------
 # COMMANDS
-# ------------------------------------------------------------
+# --------------------
 
 Options = argparse.Namespace
 
@@ -2773,34 +2832,28 @@ def trusted_pin(context: Context, token: Token, options: Options) -> bytes:
     server = token.servers[0]
     try:
         pin = fetch_pin(sender, server, verify=server.startswith("https:"))
-    except OSError as bad:
-        raise Unreachable(f"nothing was changed: {server} {why_not(bad)}") from bad
-    except BadAnswer as bad:
-        raise Unreachable(f"nothing was changed: at {server} {bad}") from bad
+    except (OSError, BadAnswer) as bad:
+        why = f"{server} {why_not(bad)}" if isinstance(bad, OSError) else f"at {server} {bad}"
+        raise Unreachable("nothing was changed: " + why) from bad
     if server.startswith("https:") or options.accept_key:
         return pin
     if sys.stdin.isatty():
-        print(
-            f"The server at {server} has the key\n  {b64(pin)}\nIs that what `netmaker-lite serve` printed there? [y/N] ",
-            end="",
-            flush=True,
-        )
+        print(f"The server at {server} has the key\n  {b64(pin)}\nIs that what `netmaker-lite serve` printed? [y/N] ", end="")
+        sys.stdout.flush()
         if sys.stdin.readline().strip().lower() in ("y", "yes"):
             return pin
         raise NetclientError("the server's key was not confirmed: nothing was changed")
     line = " ".join(word for word in sys.argv[1:] if word != "join")
     for secret in filter(None, (options.key, options.token, options.privatekey)):
         line = line.replace(secret, "…")  # also in --key=SECRET
-    raise NetclientError(
-        f"nobody is there to confirm the server's key. If {b64(pin)} is what `netmaker-lite serve` printed, run: "
-        f"netclient-lite join {line} --server-key={b64(pin)}"
-    )
+    fit = f"If {b64(pin)} is what `netmaker-lite serve` printed, run: netclient-lite join {line} --server-key={b64(pin)}"
+    raise NetclientError("nobody is there to confirm the server's key. " + fit)
 
 
 def prepare(context: Context, token: Token, options: Options) -> Node:
     """Check all that a join needs; then write the membership's files, beside those of one that may be there.
 
-    A join that was interrupted goes on with the keys that it had, so that it is the same join to the server.
+    A join that was interrupted goes on with the keys that it had: to the server it is the same.
     """
     network, paths, files = token.network, context.paths, context.files
     interface = check_interface(options.interface or "nm-" + network)
@@ -2813,7 +2866,7 @@ def prepare(context: Context, token: Token, options: Options) -> Node:
     private = options.privatekey or read_text(paths.of("wgkey", network)).strip() or new_private()
     try:
         check_key(private)
-    except Invalid as bad:  # without the key itself, which the sentence of check_key holds
+    except Invalid as bad:  # without the key itself
         raise UsageError("--privatekey is no WireGuard key: 44 characters of base64 that end in '='") from bad
     if options.publickey and options.publickey != derived_public(private):
         raise UsageError("--publickey does not belong to --privatekey")
@@ -2823,8 +2876,9 @@ def prepare(context: Context, token: Token, options: Options) -> Node:
     if context.system.exists(interface) and not (options.force and interface in (replaced.get("interface"), "nm-" + network)):
         raise NetclientError(f"{interface} is there already: choose another --interface (--force replaces nm-{network})")
     pin = token.pin or trusted_pin(context, token, options)
-    values = {**chosen, "network": network, "servers": list(token.servers), "interface": interface, "port": port}
-    config = Config({**values, "fixed": options.port is not None, "wishes": wishes, "daemon": options.daemon or "on"})
+    config = Config({**chosen, "network": network, "servers": list(token.servers), "interface": interface, "port": port})
+    config.keyed, config.fixed = bool(options.privatekey), options.port is not None
+    config.wishes, config.daemon = wishes, options.daemon or "on"
     try:
         secret = Secret.parse(network, read_text(paths.of("secret", network)))
     except ValueError:
@@ -2839,20 +2893,16 @@ def prepare(context: Context, token: Token, options: Options) -> Node:
     return Node(context, config, secret, private)
 
 
-def checked(options: Options) -> tuple[dict[str, Any], dict[str, str]]:
-    """Wishes for the server and settings of this machine, as the flags have them; UsageError or Invalid for a bad one."""
+def checked(options: Options) -> tuple[Row, dict[str, str]]:
+    """Wishes for the server and settings of this machine from the flags; UsageError or Invalid for a bad one."""
     wishes = {name: getattr(options, name) for name in WISHES if getattr(options, name) is not None}
     chosen = {name: getattr(options, name) for name in ("endpoint", "localaddress", "localrange") if getattr(options, name)}
     if "name" in wishes:
         wishes["name"] = check_name(wishes["name"])
-    for name, version, found in (
-        ("address", 4, wishes),
-        ("address6", 6, wishes),
-        ("endpoint", 0, chosen),
-        ("localaddress", 0, chosen),
-    ):
-        if name in found:
-            found[name] = check_address(found[name], version)
+    for name, version in (("address", 4), ("address6", 6), ("endpoint", 0), ("localaddress", 0)):
+        for found in (wishes, chosen):
+            if name in found:
+                found[name] = check_address(found[name], version)
     try:
         ipaddress.ip_network(chosen.get("localrange", "::/0"))
     except ValueError as bad:
@@ -2871,7 +2921,7 @@ def _prove(context: Context, config: Config, secret: Secret) -> None:
 
 
 def _join_port(context: Context, options: Options, held: int) -> int:
-    """The port to listen on: the user's, or the first that is free. `held`: what the membership that is replaced has."""
+    """The port to listen on: the user's, or the first free one. `held`: that of the membership replaced."""
     if options.port is not None:
         if options.port != held and not context.system.port_is_free(options.port):
             raise NetclientError("UDP port %d is in use by another program: stop that, or choose another --port" % options.port)
@@ -2882,7 +2932,7 @@ def _join_port(context: Context, options: Options, held: int) -> int:
 def tell_plan(node: Node) -> ExitStatus:
     interface = node.config.interface
     wanted = Desired(interface, node.private, node.config.port, 1280, frozenset(["192.0.2.0/24"]), frozenset(), {})
-    steps = plan(Actual(), wanted, node.context.system.backend().create(interface))
+    steps = plan(Actual(), wanted, node.system.backend().create(interface))
     show("join %s at %s" % (node.config.network, node.config.servers[0]), True)
     for step in steps:
         show(" ".join(step.argv).replace("192.0.2.0/24", "(the address that the server gives)"), True)
@@ -2892,18 +2942,16 @@ def tell_plan(node: Node) -> ExitStatus:
 def join(context: Context, node: Node) -> ExitStatus:
     """Tell the server; then replace what was there, bring the interface up and install the service.
 
-    What the server refuses, or the machine cannot do, is undone; what was there before stays until the server has accepted.
+    What fails is undone; what was there before stays until the server has accepted.
     """
     network, joined = node.config.network, context.paths.networks()
     try:
-        # where a membership is replaced, its name and addresses are free only after it has ended
+        # its name and addresses are free only after the old membership has ended
         old = View(_loaded(read_text(context.paths.of("peers", network)))).me if network in joined else {}
         taken = [(wish, old.get(kind)) for wish, kind in (("name", "name"), ("address", "ip"), ("address6", "ip6"))]
         enrol(node, {wish: value for wish, value in node.config.wishes.items() if (wish, value) not in taken})
     except (Unreachable, BadAnswer) as bad:
-        raise Unreachable(
-            f"the server stopped answering during the join ({bad}): run the same command again, it goes on"
-        ) from bad
+        raise Unreachable(f"the server stopped answering during the join ({bad}): run the command again, it goes on") from bad
     except NetclientError:
         forget_staged(context, network)
         raise
@@ -2945,8 +2993,8 @@ def update(node: Node, options: Options) -> ExitStatus:
         setattr(config, name, value)
     if options.port is not None and options.port != config.port:
         config.port, config.fixed = _join_port(node.context, options, config.port), True
-    node.check_in()  # what the server refuses is not kept: it would be refused again at every check-in
-    node.files.write(node.paths.of("netconfig", config.network), config.text())
+    node.check_in()  # what the server refuses is not kept
+    node.files.write(node.file("netconfig"), config.text())
     forget_staged(node.context, config.network)
     if not node.run.dry:
         node.finish()
@@ -2986,24 +3034,32 @@ def _leave_rest(context: Context, network: str) -> None:
     print(f"{network}: its files were damaged or incomplete; all of it is removed")
 
 
-def cmd_checkin(context: Context, options: Options, afresh: bool = False, retell: bool = False) -> ExitStatus:
+def cmd_checkin(context: Context, options: Options) -> ExitStatus:
+    """checkin, and two that do more: pull takes all anew, push tells all anew."""
     need_root(options.verb)
+    afresh, retell = bool(options.force) or options.verb == "pull", options.verb == "push"
     outcome = ExitStatus.OK
-    for network in [name for name in chosen_networks(context, options) if name not in QUICKLY_DONE]:
-        try:
-            check_in(context, network, afresh or bool(options.force), retell)
-        except NetclientError as bad:
-            context.say(f"{network}: {bad}" if not str(bad).startswith(network + ":") else str(bad))
-            outcome = ExitStatus.FAILED
+    names = [name for name in chosen_networks(context, options) if name not in QUICKLY_DONE]
+    for patience in (0.0, LONGEST)[len(names) < 2 :]:  # no network holds others up
+        waiting = []
+        for network in names:
+            try:
+                if check_in(context, network, afresh, retell, patience):
+                    waiting.append(network)
+            except NetclientError as bad:
+                context.say(f"{network}: {bad}" if not str(bad).startswith(network + ":") else str(bad))
+                outcome = ExitStatus.FAILED
+        names = waiting
     return outcome
 
 
-def cmd_pull(context: Context, options: Options) -> ExitStatus:
-    return cmd_checkin(context, options, afresh=True)
+def show_json(listed: Sequence[Any]) -> ExitStatus:
+    print(json.dumps(listed, indent=2))
+    return ExitStatus.OK
 
 
-def cmd_push(context: Context, options: Options) -> ExitStatus:
-    return cmd_checkin(context, options, retell=True)
+def address_of(record: Fields) -> str:
+    return str(record.get("ip") or record.get("ip6", ""))
 
 
 def cmd_list(context: Context, options: Options) -> ExitStatus:
@@ -3011,70 +3067,49 @@ def cmd_list(context: Context, options: Options) -> ExitStatus:
     listed = []
     for network in chosen_networks(context, options):
         node = Node.load(context, network)
-        view, me = node.memory.view, node.memory.view.me
-        own = view.peers.get(node.secret.node, {})
-        peers = [
-            {
-                "name": record["name"],
-                "address": record.get("ip") or record.get("ip6", ""),
-                "endpoint": (candidates(record, node.place) or [""])[0],
-            }
-            for other, record in view.peers.items()
-            if other != node.secret.node
-        ]
+        me, own = node.memory.view.me, node.memory.view.peers.get(node.secret.node, {})
         entry = {"network": network, "name": me.get("name", ""), "address": me.get("ip", ""), "address6": me.get("ip6", "")}
-        where = own.get("static") or own.get("at") or own.get("seen") or own.get("local", "")
-        listed.append(
-            {
-                **entry,
-                "publickey": derived_public(node.private),
-                "endpoint": where,
-                "peers": sorted(peers, key=lambda peer: peer["name"]),
-            }
-        )
-    print(json.dumps(listed, indent=2))
-    return ExitStatus.OK
+        entry["publickey"] = derived_public(node.private)
+        entry["endpoint"] = own.get("static") or own.get("at") or own.get("seen") or own.get("local", "")
+        entry["peers"] = [
+            {"name": record["name"], "address": address_of(record), "endpoint": (candidates(record, node.place) or [""])[0]}
+            for record in node.others()
+        ]
+        listed.append(entry)
+    return show_json(listed)
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(head: Words, rows: Sequence[Words]) -> str:
     if not rows:
         return ""
-    widths = [max(len(str(row[i])) for row in (head, *rows)) for i in range(len(head))]
-    lines = ["  ".join(str(cell).ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (head, *rows)]
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (head, *rows)]
     return "\n".join(lines) + "\n"
 
 
-def status_of(node: Node) -> dict[str, Any]:
+def status_of(node: Node) -> Row:
     """What `status --json` says of one network; ages in seconds, last_exchange in unix seconds."""
     now, wall, view = time.monotonic(), time.time(), node.memory.view
-    actual = node.read()
+    actual, exchanged = node.read(), node.memory.exchanged
     peers = []
-    for other, record in sorted(view.peers.items(), key=lambda pair: str(pair[1]["name"])):
-        if other == node.secret.node:
-            continue
+    for record in node.others():
         live = actual.peers.get(record["key"], LivePeer(record["key"], "", frozenset(), 0, 0, 0, 0))
-        fresh = record["key"] in node.fresh
         near = live.endpoint == record.get("local") and live.endpoint not in (record.get("seen"), record.get("at"))
         peers.append(
             {
-                "name": record["name"],
-                "public_key": record["key"],
-                "address": record.get("ip") or record.get("ip6", ""),
+                **{"name": record["name"], "public_key": record["key"], "address": address_of(record)},
                 "endpoint": live.endpoint,
-                "path": ("local" if near else "direct") if fresh else "none",
+                "path": ("local" if near else "direct") if record["key"] in node.fresh else "none",
                 "via": "",
                 "handshake_age": max(0, int(wall) - live.handshake) if live.handshake else None,
-                "rx": live.rx,
-                "tx": live.tx,
+                **{"rx": live.rx, "tx": live.tx},
             }
         )
-    exchanged = node.memory.exchanged
     return {
         "network": node.config.network,
         "node": view.me.get("name", node.secret.node),
         "interface": node.config.interface,
-        "address": view.me.get("ip", ""),
-        "address6": view.me.get("ip6", ""),
+        **{"address": view.me.get("ip", ""), "address6": view.me.get("ip6", "")},
         "server": node.counters.server if node.counters.server != "-" else node.config.servers[0],
         "state": view.state,
         "connected": actual.exists and actual.up,
@@ -3088,30 +3123,19 @@ def cmd_status(context: Context, options: Options) -> ExitStatus:
     need_root("status")
     listed = [status_of(Node.load(context, network)) for network in chosen_networks(context, options)]
     if options.json:
-        print(json.dumps(listed, indent=2))
-        return ExitStatus.OK
+        return show_json(listed)
     for entry in listed:
         last = entry["last_exchange"]
-        contact = "last contact %d s ago" % (time.time() - last) if last else "no contact yet"
-        up = entry["interface"] if entry["connected"] else entry["interface"] + " (down)"
-        up += {"pending": ", waiting for approval", "disabled": ", disabled by the administrator"}.get(entry["state"], "")
-        where = " ".join(filter(None, (entry["address"], entry["address6"]))) or "(no address yet)"
-        print(
-            "{}: {}, {} on {}; {}, {}, revision {}".format(
-                entry["network"], entry["node"], where, up, entry["server"], contact, entry["revision"]
-            )
-        )
-        rows = [
-            (
-                "  " + peer["name"],
-                peer["address"],
-                peer["path"],
-                peer["endpoint"] or "-",
-                "%d s ago" % peer["handshake_age"] if peer["handshake_age"] is not None else "never",
-                "{} / {}".format(amount(peer["rx"]), amount(peer["tx"])),
-            )
-            for peer in entry["peers"]
-        ]
+        entry["contact"] = "last contact %d s ago" % (time.time() - last) if last else "no contact yet"
+        state = {"pending": ", waiting for approval", "disabled": ", disabled by the administrator"}.get(entry["state"], "")
+        entry["up"] = ("" if entry["connected"] else " (down)") + state
+        entry["where"] = " ".join(filter(None, (entry["address"], entry["address6"]))) or "(no address yet)"
+        print("{network}: {node}, {where} on {interface}{up}; {server}, {contact}, revision {revision}".format(**entry))
+        rows = []
+        for peer in entry["peers"]:
+            age = "%d s ago" % peer["handshake_age"] if peer["handshake_age"] is not None else "never"
+            traffic = "{} / {}".format(amount(peer["rx"]), amount(peer["tx"]))
+            rows.append(("  " + peer["name"], peer["address"], peer["path"], peer["endpoint"] or "-", age, traffic))
         print(table(("  PEER", "ADDRESS", "PATH", "ENDPOINT", "HANDSHAKE", "RECEIVED / SENT"), rows), end="")
     if not listed:
         print("no network is joined")
@@ -3119,9 +3143,8 @@ def cmd_status(context: Context, options: Options) -> ExitStatus:
 
 
 def amount(count: int) -> str:
-    return (
-        "%d B" % count if count < 1024 else "%.1f KiB" % (count / 1024) if count < 1 << 20 else "%.1f MiB" % (count / (1 << 20))
-    )
+    size, unit = (count / 1024, "KiB") if count < 1 << 20 else (count / (1 << 20), "MiB")
+    return "%d B" % count if count < 1024 else f"{size:.1f} {unit}"
 
 
 def cmd_daemon(context: Context, options: Options) -> ExitStatus:
@@ -3158,12 +3181,12 @@ def stay(context: Context, network: str, stop: threading.Event, again: threading
 
 
 def follow(context: Context, network: str, stop: threading.Event) -> None:
-    """The daemon's work for one network: check in, then wait for a new word. Says a failure once, and again when it changes."""
+    """The daemon's work for one network: check in, then wait for a new word. Says a failure once."""
     said = ""
     while not stop.is_set() and network in context.paths.networks():
         began = time.monotonic()
         try:
-            check_in(context, network)
+            check_in(context, network, patience=LONGEST)
             said, failed = "", False
         except NetclientError as bad:
             if str(bad) != said:
@@ -3171,13 +3194,13 @@ def follow(context: Context, network: str, stop: threading.Event) -> None:
             said, failed = str(bad), True
         if network not in context.paths.networks():
             return
-        # a look is only a hint: one that is forged, or comes from another address each time, must not keep us busy
+        # a look is only a hint: a forged one must not keep us busy
         least = 15.0 if wait_for_word(context, network, stop, failed) == "!" else 0.5
         stop.wait(max(0.0, began + least - time.monotonic()))
 
 
 def wait_for_word(context: Context, network: str, stop: threading.Event, failed: bool) -> str:
-    """Return when there is a reason for a check-in: a new word, the next full check, or a while after a failure."""
+    """Return when a check-in is due: a new word, the next full check, or a while after a failure."""
     while not stop.is_set():
         try:
             node = Node.load(context, network)
@@ -3198,9 +3221,9 @@ def cmd_version(context: Context, options: Options) -> ExitStatus:
     return ExitStatus.OK
 
 
-# ------------------------------------------------------------
+# --------------------
 # CLI
-# ------------------------------------------------------------
+# --------------------
 
 
 class Command(NamedTuple):
@@ -3214,21 +3237,11 @@ class Command(NamedTuple):
 
 JOIN_FLAGS = tuple(setting.name for setting in SETTINGS)
 COMMANDS = (
-    Command(
-        "join",
-        cmd_join,
-        "become a node of a network; on a joined machine update the settings",
-        (*JOIN_FLAGS, "accept-key", "force", "dry-run"),
-    ),
+    Command("join", cmd_join, "become a node, or update the settings", (*JOIN_FLAGS, "accept-key", "force", "dry-run")),
     Command("leave", cmd_leave, "leave networks (-n NET or all), also with the server gone", ("network", "dry-run")),
-    Command(
-        "checkin",
-        cmd_checkin,
-        "check in once: ask, apply what is new, repair what is not as it should be",
-        ("network", "force", "dry-run"),
-    ),
-    Command("pull", cmd_pull, "fetch the whole state anew and apply it", ("network", "dry-run")),
-    Command("push", cmd_push, "tell the server all about this machine again", ("network", "dry-run")),
+    Command("checkin", cmd_checkin, "check in once: ask, apply what is new, repair the rest", ("network", "force", "dry-run")),
+    Command("pull", cmd_checkin, "fetch the whole state anew and apply it", ("network", "dry-run")),
+    Command("push", cmd_checkin, "tell the server all about this machine again", ("network", "dry-run")),
     Command("list", cmd_list, "the networks of this machine and their nodes, as JSON", ("network", "json")),
     Command("status", cmd_status, "peers: path, endpoint, age of the handshake, traffic", ("network", "json")),
     Command("daemon", cmd_daemon, "stay, and apply changes within a second"),
@@ -3244,10 +3257,9 @@ SWITCHES = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser, from the tables. Every flag is taken by every verb, as in the original; a verb's help shows its own."""
-    parser = argparse.ArgumentParser(
-        "netclient-lite", description="The agent of netmaker-lite: WireGuard meshes for routers, NAS and IoT."
-    )
+    """The parser, from the tables. Every verb takes every flag, as in the original; its help shows its own."""
+    about = "The agent of netmaker-lite: WireGuard meshes for routers, NAS and IoT."
+    parser = argparse.ArgumentParser("netclient-lite", description=about)
     parser.add_argument("--version", action="version", version=__version__)
     verbs = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True)
     for command in COMMANDS:
@@ -3256,9 +3268,8 @@ def build_parser() -> argparse.ArgumentParser:
             names = ["--" + setting.name, *("-" + alias for alias in setting.aliases if len(alias) == 1)]
             names += ["--" + alias for alias in setting.aliases if len(alias) > 1]
             text = f"{setting.help} [{setting.env}]" if setting.name in command.flags else argparse.SUPPRESS
-            verb.add_argument(
-                *names, dest=setting.name.replace("-", "_"), help=text, metavar=setting.metavar or setting.kind.upper()
-            )
+            place = {"dest": setting.name.replace("-", "_"), "metavar": setting.metavar or setting.kind.upper()}
+            verb.add_argument(*names, help=text, **place)  # type: ignore[arg-type]
         for name in IGNORED:
             verb.add_argument("--" + name, help=argparse.SUPPRESS)
         for name, text in SWITCHES:
@@ -3268,8 +3279,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def spelled_out(arguments: Sequence[str]) -> list[str]:
-    """The original's spellings to ours: `-daemon=off` and `-pubkey K` get their second dash, old short forms their name."""
+def spelled_out(arguments: Words) -> list[str]:
+    """The original's spellings to ours: `-daemon=off` gets its second dash, old short forms their name."""
     known = {alias for setting in SETTINGS for alias in (setting.name, *setting.aliases) if len(alias) > 1}
     short = {alias: setting.name for setting in SETTINGS for alias in setting.aliases if len(alias) == 1}
     alone = {"help", "version"} | {name for name, _ in SWITCHES}
@@ -3280,7 +3291,7 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
         dashes = len(word) - len(word.lstrip("-"))
         name = IGNORED_ALIASES.get(name, short.get(name, name)) if dashes else ""
         if dashes in (1, 2) and name in known | set(IGNORED):
-            # in one word: argparse takes a value that begins with a dash, as a server's key may, for a flag
+            # in one word: argparse takes a value that begins with a dash for a flag
             given = value if found else next(rest, None)
             words.append("--" + name if given is None else f"--{name}={given}")
         elif dashes == 1 and name in alone:
@@ -3317,7 +3328,7 @@ def say(sentence: str) -> None:
         print("netclient-lite: " + sentence, file=sys.stderr, flush=True)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Words | None = None) -> int:
     """The command line: returns the exit status."""
     options = build_parser().parse_args(spelled_out(sys.argv[1:] if arguments is None else arguments))
     os.umask(0o077)

@@ -91,7 +91,8 @@ class Kernel:
             return Actual()
         addresses = type(Actual().addresses)(address.text for address in self.addresses)
         routes = frozenset(route.to for route in self.routes)
-        return Actual(True, self.private, self.port, self.mtu, self.up, addresses, routes, dict(self.peers))
+        public = key_like(self.private) if self.private else "(none)"
+        return Actual(True, self.private, self.port, self.mtu, self.up, addresses, routes, dict(self.peers), public)
 
     def replay(self, steps: Iterable[Step]) -> None:
         """Run the steps of a plan; the first refusal ends it, as it ends Run.apply."""

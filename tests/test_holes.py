@@ -16,6 +16,7 @@ from restkit import MASTER, PASSWORD, Rest, World, api_token, make_user, rows
 from serverkit import Client, Clock, Server, make_core
 
 import netclient_lite as agent
+import netmaker_core
 import netmaker_lite as server
 
 FIRST = {"username": "eve", "password": PASSWORD}
@@ -147,21 +148,21 @@ def test_a_whole_ipv6_network_is_one_place(world: World) -> None:
 
 
 def test_one_name_is_not_tried_for_long_from_everywhere(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "is_password", lambda hashed, password: password == PASSWORD)  # only the counting counts
+    monkeypatch.setattr(netmaker_core, "is_password", lambda hashed, password: password == PASSWORD)  # only the counting counts
     said = [sign_in(world.home, "Root", "wrong", "198.51.%d.7" % number).status for number in range(62)]
     assert said == [401] * 60 + [429] * 2
     assert sign_in(world.home, "mallory", PASSWORD, "198.51.100.77").status == 200
 
 
 def test_right_sign_ins_are_not_counted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "is_password", lambda hashed, password: password == PASSWORD)
+    monkeypatch.setattr(netmaker_core, "is_password", lambda hashed, password: password == PASSWORD)
     assert {sign_in(world.home).status for _ in range(70)} == {200}
 
 
 def test_an_unknown_name_takes_as_much_work_as_a_wrong_password(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     compared = []
-    real = server.is_password
-    monkeypatch.setattr(server, "is_password", lambda hashed, password: compared.append(hashed) or real(hashed, password))
+    real = netmaker_core.is_password
+    monkeypatch.setattr(netmaker_core, "is_password", lambda hashed, password: compared.append(hashed) or real(hashed, password))
     known, unknown = sign_in(world.home, "root", "wrong"), sign_in(world.home, "nobody-here", "wrong")
     assert (known.status, known.value) == (unknown.status, unknown.value)
     assert [hashed.split("$")[1:4] for hashed in compared] == [["argon2id", *compared[0].split("$")[2:4]]] * 2
@@ -248,8 +249,8 @@ def test_an_administrator_stays(world: World) -> None:
 def test_a_user_sees_nothing_of_other_networks(world: World) -> None:
     """Neither in lists, nor in the log, nor in numbers, nor in sentences."""
     home = world.home
-    server.set_node(home.core, home.node(world.stranger), {"name": "strange-machine", "ips": "192.168.55.0/24"})
-    server.set_network(home.core, "other", {"display": "Secret Lab"})
+    netmaker_core.set_node(home.core, home.node(world.stranger), {"name": "strange-machine", "ips": "192.168.55.0/24"})
+    netmaker_core.set_network(home.core, "other", {"display": "Secret Lab"})
     hidden = [
         b"strange-machine",
         b"Secret Lab",
@@ -327,7 +328,7 @@ def test_an_access_key_is_used_as_often_as_it_says(home: Server) -> None:
     with ThreadPoolExecutor(16) as pool:
         said = list(pool.map(lambda n: Client(home, source="198.51.100.%d" % n).try_join(key).status, range(1, 17)))
     assert said.count(200) == 3 and said.count(410) == 13
-    assert len(server.nodes(home.core, "default")) == 3
+    assert len(netmaker_core.nodes(home.core, "default")) == 3
 
 
 def test_no_command_text_reaches_an_agent(world: World) -> None:
@@ -389,7 +390,7 @@ def test_texts_are_never_sql(world: World) -> None:
                 said = world.admin.call(route.method, path, {field.name: text for field in route.takes})
                 assert said.status < 500, (route, path, said)
                 assert b"argon2" not in said.body and b"syntax" not in said.body.lower() and b"\x1b" not in said.body
-    assert len(server.users(world.home.core)) == 4 and len(server.networks(world.home.core)) == 2
+    assert len(server.users(world.home.core)) == 4 and len(netmaker_core.networks(world.home.core)) == 2
     assert all(ord(c) >= 32 for row in server.audit(world.home.core) for value in row.values() for c in str(value))
 
 
@@ -411,7 +412,7 @@ def test_files_are_private_from_the_first_byte(world: World) -> None:
     os.umask(0)
     folder = Path(world.home.folder)
     world.home.core.store.copy(str(folder / "copy"))
-    server.backup(world.home.core, str(folder / "backup"), True)
+    netmaker_core.backup(world.home.core, str(folder / "backup"), True)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     for path in folder.rglob("*"):
         assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path

@@ -109,7 +109,7 @@ def test_looks_that_lie_cost_little(tmp_path, monkeypatch, word):
         context.files.volatile(context.paths.of("state", "demo"), agent.Counters().text())
         checks = []
 
-        def check_in(context, network, *_):
+        def check_in(context, network, **_):
             checks.append(1)
             node = agent.Node.load(context, network)
             node.memory.exchanged = time.monotonic()
@@ -149,7 +149,7 @@ def test_port_admin_vs_user(tmp_path):
     standing.settle()
     node.memory.facts = dict(node.facts())
     data = {"word": "2.00000002", "from": "1.00000001", "peers": [], "me": {**node.memory.view.me, "port": 51901}}
-    node.counters.word = "1.00000001"
+    node.counters.word, node.counters.incarnation = "1.00000001", node.memory.view.incarnation
     node.adopt(data)
     assert standing.kernel.actual().port == 51821
     told = agent.report(node.memory, node._live, node.fresh, node.facts(), {}, 1)

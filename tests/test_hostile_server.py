@@ -9,6 +9,7 @@ import pytest
 from serverkit import Client, Server, make_core, wireguard_key
 
 import netclient_lite as agent
+import netmaker_core
 import netmaker_lite as server
 
 
@@ -87,7 +88,7 @@ def test_rejected_surrogate(home):
 def test_stand_in(tmp_path, monkeypatch):
     core = make_core(str(tmp_path), SERVER_HOST="box.example")
     monkeypatch.setattr(server.socket, "getaddrinfo", lambda *a, **k: [(2, 1, 6, "", ("127.0.1.1", 0))])
-    monkeypatch.setattr(server, "default_address", lambda: "203.0.113.10")
+    monkeypatch.setattr(netmaker_core, "default_address", lambda: "203.0.113.10")
     try:
         assert server.Sight(core.settings).public("127.0.0.1") == "203.0.113.10"
     finally:
