@@ -14,6 +14,7 @@ from restkit import make_user
 from serverkit import Client, Clock, Server, clients, make_core, settle
 
 import netmaker_core
+import netmaker_lite
 from netclient_lite import Invalid
 
 
@@ -215,7 +216,7 @@ def test_no_network_is_no_zone():
 
 def test_housekeeping_writes_after_changes_only(home, monkeypatch):
     written = []
-    monkeypatch.setattr(netmaker_core, "write_names", lambda core: written.append(netmaker_core.names(core)))
+    monkeypatch.setattr(netmaker_lite, "write_names", lambda core: written.append(netmaker_core.names(core)))
     home.keeper.push_names()
     home.keeper.push_names()
     netmaker_core.set_name(home.core, "default", "", {"name": "printer", "ip": "192.0.2.7"})
