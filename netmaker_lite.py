@@ -5619,7 +5619,7 @@ OBJECTS: dict[str, Row] = {
     ),
     "Config": shape(
         "APIConnString APIHost APIPort MasterKey AllowedOrigin RestBackend AgentBackend Database CheckinInterval Version "
-        "Platform", "DefaultNodeLimit Verbosity",
+        "Platform DNSMode CoreDNSAddr", "DefaultNodeLimit Verbosity",
     ),
     "Status": shape(
         "version incarnation pin database", "uptime time networks nodes schema polls poll_limit",
