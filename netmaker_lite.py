@@ -1800,7 +1800,9 @@ class Web:
     @staticmethod
     def body(limit: int) -> bytes:
         environ = bottle.request.environ
-        length = environ.get("CONTENT_LENGTH") or "0"
+        length = environ.get("CONTENT_LENGTH") or ("" if "HTTP_TRANSFER_ENCODING" in environ else "0")
+        if not length:  # waitress has it even of chunks
+            raise Invalid("the body has no Content-Length, which is needed here")
         if not length.isdigit() or int(length) > limit:
             raise TooLarge("the body is larger than %d bytes" % limit)
         return bytes(environ["wsgi.input"].read(int(length))) if int(length) else b""
