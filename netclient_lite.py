@@ -2268,7 +2268,7 @@ class Node:
         for warning in [text for text in warnings if text not in self.memory.warned]:
             self.context.say(f"{self.config.network}: {warning}")
         self.memory.warned = warnings
-        if view.state == "disabled":
+        if view.state in ("disabled", "expired"):
             wanted = wanted._replace(peers={})
         return wanted._replace(port=self._port(wanted.port))
 
@@ -2288,7 +2288,7 @@ class Node:
         return wished
 
     def apply(self, view: View) -> bool:
-        if view.state not in ("active", "disabled") or not (view.me.get("ip") or view.me.get("ip6")):
+        if view.state in ("", "pending") or not (view.me.get("ip") or view.me.get("ip6")):
             return False
         wanted = self.desired(view)
         backend = self.system.backend() if not self._live.exists else KernelWireGuard(self.run)
@@ -2549,6 +2549,13 @@ def check_in(context: Context, network: str, afresh: bool = False, retell: bool 
         os.close(held)
 
 
+OUTSIDE = {  # states of a node without peers
+    "pending": "waiting for the administrator's approval",
+    "disabled": "disabled: no peers until an administrator enables it",
+    "expired": "its time is over: no peers until an administrator extends it",
+}
+
+
 def _check_in(node: Node, answer: Answer | None, afresh: bool, patience: float) -> None:
     network, say = node.config.network, node.context.say
     try:
@@ -2565,10 +2572,8 @@ def _check_in(node: Node, answer: Answer | None, afresh: bool, patience: float) 
         held = {wish: me[kind] for wish, kind in (("address", "ip"), ("address6", "ip6")) if me.get(kind)}
         enrol(node, {**node.config.wishes, **held})
         node.check_in(None, True)
-    if node.memory.view.state == "pending":
-        say(f"{network}: waiting for the administrator's approval")
-    elif node.memory.view.state == "disabled":
-        say(f"{network}: disabled or expired: no peers until an administrator changes that")
+    if node.memory.view.state in OUTSIDE:
+        say(f"{network}: {OUTSIDE[node.memory.view.state]}")
     done = [step.why for step in node.changes if not step.why.startswith(TRY)]
     if done and not node.run.echo:
         say(f"{network}: {'; '.join(done[:6])}{' …' if len(done) > 6 else ''}")
@@ -3127,8 +3132,8 @@ def cmd_status(context: Context, options: Options) -> ExitStatus:
     for entry in listed:
         last = entry["last_exchange"]
         entry["contact"] = "last contact %d s ago" % (time.time() - last) if last else "no contact yet"
-        state = {"pending": ", waiting for approval", "disabled": ", disabled by the administrator"}.get(entry["state"], "")
-        entry["up"] = ("" if entry["connected"] else " (down)") + state
+        state = OUTSIDE.get(entry["state"], "")
+        entry["up"] = ("" if entry["connected"] else " (down)") + (state and ", " + state)
         entry["where"] = " ".join(filter(None, (entry["address"], entry["address6"]))) or "(no address yet)"
         print("{network}: {node}, {where} on {interface}{up}; {server}, {contact}, revision {revision}".format(**entry))
         rows = []

@@ -1797,8 +1797,7 @@ class Members:
             since = self.in_history(mesh, have)
             if row.state != ACTIVE:
                 since = -1
-                state = row.state if row.state == PENDING else DISABLED
-                parts.append(b'"peers":[],"state":' + dump(state))
+                parts.append(b'"peers":[],"state":' + dump(row.state))
             elif since < 0 or row.since > since:
                 since = -1
                 parts.append(mesh.shared(-1))

@@ -104,11 +104,9 @@ class World:
         self.node, self.second = (Client(home, source="198.51.100.%d" % number).join(self.access) for number in (1, 2))
         self.stranger = Client(home, "other", "198.51.100.9").join(self.other_access)
         self.pending = Client(home, source="198.51.100.3").join()
-        self.node.facts.update(endpoint="203.0.113.7", fixed=True)
+        self.node.facts.update(endpoint="203.0.113.7", fixed=True)  # clients of a gateway need to reach it
         for node in (self.node, self.second, self.stranger):
             node.exchange({"facts": node.facts})
-        netmaker_core.add_client(core, netmaker_core.create_ingress(core, home.node(self.node)), {"name": "phone"})
-        netmaker_core.set_name(core, "default", "", {"name": "front", "ip": "192.0.2.7"})
         self.admin, self.root = make_user(home, "root", admin=True), make_user(home, "second-root", admin=True)
         self.carol, self.mallory = make_user(home, "carol", "default"), make_user(home, "mallory", "other")
         self.nobody, self.token = Rest(home), api_token(home, "carol", "carols")

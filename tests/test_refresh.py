@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import threading
 import time
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 from agentkit import Clock as AgentClock
 from agentkit import Standing, node_of, record, view_of
 from kernel import key_like
-from lab import CODE, Lab, Loss, unfit, wait_for
+from lab import Lab, Loss, unfit, wait_for
 from mesh import Cron, Member, Mesh
 from serverkit import Client, Clock, Server, clients, settle, wireguard_key
 
@@ -24,15 +23,8 @@ import netmaker_core
 UNFIT = unfit("wg")
 MARKS = (pytest.mark.lab, pytest.mark.skipif(bool(UNFIT), reason=UNFIT), pytest.mark.timeout(600))
 INTERVAL = 4  # seconds between two check-ins in these stories
-DATA = "/var/lib/netmaker-lite"
 MEMORY = "/var/run/netclient/demo.memory"
 CRASH = str(Path(__file__).resolve().parent / "crash.py")
-
-ORDER = f"""
-import sys
-import netmaker_lite as server
-core = netmaker_core.open_core(netmaker_core.Settings({{}}, {{"NETMAKER_DATA": "{DATA}"}}))
-"""
 
 
 class Refresh:
@@ -49,25 +41,21 @@ class Refresh:
         mesh.settle(self.all)
         self.addresses = {member: member.address for member in self.all}
 
-    def do(self, line: str) -> str:
-        """A line of Python beside the server, as the command line would do it."""
-        return self.mesh.host.run(self.lab.python, "-c", ORDER + line, env={"PYTHONPATH": str(CODE)}).stdout
-
     def order(self, name: str = "") -> None:
         if name:
-            self.do(f"netmaker_core.refresh_key(core, netmaker_core.need_node(core, 'demo', '{name}'))")
+            self.mesh.admin("node", "refresh-key", "demo", name)
         else:
-            self.do("netmaker_core.refresh_keys(core, 'demo')")
+            self.mesh.admin("network", "refresh-keys", "demo")
+
+    def shown(self, field: str) -> dict[str, str]:
+        """A field of every node, as an administrator sees it."""
+        return {node["name"]: str(node[field]) for node in self.mesh.nodes()}
 
     def states(self) -> dict[str, str]:
-        told = self.do("import json; print(json.dumps({n['name']: n['refresh'] for n in netmaker_core.nodes(core, 'demo')}))")
-        states: dict[str, str] = json.loads(told)
-        return states
+        return self.shown("keyrefresh")
 
     def keys(self) -> dict[str, str]:
-        told = self.do("import json; print(json.dumps({n['name']: n['key'] for n in netmaker_core.nodes(core, 'demo')}))")
-        keys: dict[str, str] = json.loads(told)
-        return keys
+        return self.shown("publickey")
 
     def reach(self, name: str, *states: str, timeout: float = 60) -> None:
         wait_for(lambda: self.states()[name] in states, timeout, f"{name} to be {states}")
