@@ -21,6 +21,7 @@ from kit import NORMAL, SERVER, Figure, report, resident
 from serverkit import Client, Server, make_core
 
 import netclient_lite as agent
+import netmaker_core
 import netmaker_lite as server
 
 BUDGETS = {1_000: 40.0, 10_000: 60.0}
@@ -31,7 +32,7 @@ class Elsewhere(Server):
 
     def __init__(self, folder: str) -> None:
         core = make_core(folder)
-        server.add_network(core, "default", {"range": "10.64.0.0/16"})
+        netmaker_core.add_network(core, "default", {"range": "10.64.0.0/16"})
         self.core, self.known = core, core.key.pin
         with server.listener("127.0.0.1", 0) as sock:
             self.port = int(sock.getsockname()[1])
@@ -70,8 +71,8 @@ def settled(home: Server, number: int) -> tuple[Client, dict[str, Any], dict[str
     client = Client(home, source=str(ipaddress.IPv4Address("198.51.0.0") + number), sealed=True)
     client.node, client.look, client.epoch = os.urandom(8).hex(), agent.b64(os.urandom(16)), 1
     address = str(ipaddress.IPv4Address("10.64.0.1") + number)
-    row = {**server.blank(server.Node), "id": client.node, "network": "default", "auth": agent.b64(client.public)}
-    row.update(look=client.look, state=server.ACTIVE, name="router-%d" % number, key=client.facts["key"], ip=address)
+    row = {**netmaker_core.blank(netmaker_core.Node), "id": client.node, "network": "default", "auth": agent.b64(client.public)}
+    row.update(look=client.look, state=netmaker_core.ACTIVE, name="router-%d" % number, key=client.facts["key"], ip=address)
     row.update(port=51821, source=client.source, public=client.source, local="192.168.1.10", lan="9f31c2aa")
     row.update(machine=os.urandom(8).hex(), confirmed=True, changed=1, own_changed=1, since=1)
     return client, row, {"network": "default", "address": address, "node": client.node, "released": None}
@@ -98,7 +99,7 @@ def populated(home: Elsewhere, count: int) -> list[Client]:
 def insert(writer: Any, table: str, row: dict[str, Any]) -> None:
     columns = ", ".join('"%s"' % name for name in row)
     marks = ", ".join("?" * len(row))
-    writer.execute_sql(server.composed("INSERT INTO %s (%s) VALUES (%s)", table, columns, marks), [*row.values()])
+    writer.execute_sql(netmaker_core.composed("INSERT INTO %s (%s) VALUES (%s)", table, columns, marks), [*row.values()])
 
 
 def measure(count: int) -> list[Figure]:

@@ -22,6 +22,7 @@ from kit import Figure, cpu_times, report
 from serverkit import Client, Server
 
 import netclient_lite as agent
+import netmaker_core
 import netmaker_lite as server
 
 ROUNDS, REPEAT = 9, 200
@@ -62,7 +63,7 @@ def grow(home: Server, nodes: list[Client], size: int, key: str) -> None:
 class Trace:
     """What the database does: rows that came back, and commits."""
 
-    def __init__(self, store: server.Store) -> None:
+    def __init__(self, store: netmaker_core.Store) -> None:
         self.rows = self.commits = self.statements = 0
         reader, writer = cast(Any, store.reader), cast(Any, store.writer)
         self._reader, self._writer = reader.connection(), writer.connection()
@@ -211,7 +212,7 @@ def news(home: Home, nodes: Sequence[Client]) -> Iterator[Figure]:
 
 def read_by_another(home: Home, node: Client) -> Iterator[Figure]:
     """Rows that a server reads for one change that another process has made."""
-    server.set_node(home.core, home.node(node), {"local": "192.168.1.77"})
+    netmaker_core.set_node(home.core, home.node(node), {"local": "192.168.1.77"})
     member = home.agents.members.nodes[node.node]
     with Trace(home.core.store) as trace:
         home.agents.members.prove(member.mesh)
@@ -245,7 +246,7 @@ def first_200(folder: str) -> Iterator[Figure]:
         for node in nodes:
             node.join(key)
         yield Figure("200 joins over HTTP: time", time.monotonic() - start, 2, "s")
-        addresses = {row["ip"] for row in server.nodes(home.core, "default")}
+        addresses = {row["ip"] for row in netmaker_core.nodes(home.core, "default")}
         yield Figure("200 joins over HTTP: addresses given twice", 200 - len(addresses), 0)
     finally:
         home.stop()
@@ -256,7 +257,7 @@ def new_range(home: Home, cidr: str) -> Iterator[Figure]:
     size = len(home.agents.members.nodes)
     with Trace(home.core.store) as trace:
         start = time.monotonic()
-        server.set_network(home.core, "default", {"range": cidr})
+        netmaker_core.set_network(home.core, "default", {"range": cidr})
         spent = time.monotonic() - start
     yield Figure(f"new range for {size} nodes: time", spent, 1, "s")
     yield Figure(f"new range for {size} nodes: transactions", trace.commits, 1)

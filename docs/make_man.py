@@ -17,6 +17,7 @@ sys.path.insert(0, str(DOCS.parent))
 
 import netclient_lite as agent  # noqa: E402
 import netmaker_admin as admin  # noqa: E402
+import netmaker_core  # noqa: E402
 import netmaker_lite as server  # noqa: E402
 
 DATE = "November 2026"
@@ -82,7 +83,7 @@ def keys(settings: Iterable[admin.Setting]) -> list[str]:
 
 
 def server_page() -> str:
-    settings = ((each.name, each.help + (each.default and " [%s]" % each.default)) for each in server.SETTINGS)
+    settings = ((each.name, each.help + (each.default and " [%s]" % each.default)) for each in netmaker_core.SETTINGS)
     variables = [
         ("NETMAKER_API", "URL of the server that the commands ask, instead of the data folder of this host (--api)"),
         ("NETMAKER_TOKEN", "API token for it (--token-file)"),

@@ -74,7 +74,7 @@ need_root() {
 
 need_checkout() {
 	local file
-	for file in netmaker_lite.py netmaker_admin.py netclient_lite.py setup.cfg requirements/server.txt; do
+	for file in netmaker_lite.py netmaker_core.py netmaker_admin.py netclient_lite.py setup.cfg requirements/server.txt; do
 		[ -f "$here/$file" ] || die "$here/$file is missing: run this from a complete copy of the project"
 	done
 }
@@ -191,7 +191,7 @@ packages_stamp() {
 }
 
 project_stamp() {
-	(cd "$here" && cksum netmaker_lite.py netmaker_admin.py netclient_lite.py setup.cfg pyproject.toml shell/*)
+	(cd "$here" && cksum netmaker_lite.py netmaker_core.py netmaker_admin.py netclient_lite.py setup.cfg pyproject.toml shell/*)
 }
 
 content() { # FILE: prints it, or nothing

@@ -11,22 +11,22 @@ from typing import Any, Collection, Mapping
 from serverkit import wireguard_key
 
 import netclient_lite as agent
-import netmaker_lite as server
+import netmaker_core
 
 
-def join(core: server.Core, name: str, network: str = "default", **values: Any) -> server.Row:
+def join(core: netmaker_core.Core, name: str, network: str = "default", **values: Any) -> netmaker_core.Row:
     """A node that has joined, behind a public address of its own unless `source` says which."""
     number = len(core.store.rows("SELECT 1 FROM joined")) + 1
-    key = server.access_keys(core, network) or [server.add_key(core, network, uses=None)]
+    key = netmaker_core.access_keys(core, network) or [netmaker_core.add_key(core, network, uses=None)]
     source = values.pop("source", "198.51.%d.%d" % (100 + number // 250, number % 250 + 1))
     facts = {"key": wireguard_key(), "port": 51821, "name": name, **values}
     auth = agent.b64(os.urandom(32))
-    return server.join(core, server.Joining(network, auth, key[0]["id"], source, source, facts))
+    return netmaker_core.join(core, netmaker_core.Joining(network, auth, key[0]["id"], source, source, facts))
 
 
-def heard(core: server.Core, node: str, members: server.Members | None = None) -> dict[str, Any]:
+def heard(core: netmaker_core.Core, node: str, members: netmaker_core.Members | None = None) -> dict[str, Any]:
     """The snapshot that a node gets."""
-    found = members or server.Members(core.store)
+    found = members or netmaker_core.Members(core.store)
     member = found.node(node)
     assert member is not None and found.prove(member.mesh)
     said: dict[str, Any] = json.loads(found.answer(member, "-") or b"{}")

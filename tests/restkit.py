@@ -11,6 +11,7 @@ from typing import Any, Mapping, NamedTuple
 from serverkit import Client, Server, wireguard_key
 
 import netclient_lite as agent
+import netmaker_core
 import netmaker_lite as server
 
 PASSWORD = "correct horse battery"
@@ -77,9 +78,9 @@ def api_token(home: Server, owner: str, name: str = "script", **values: Any) -> 
 def rows(home: Server) -> dict[str, list[tuple[Any, ...]]]:
     """Everything that the database says, but for what agents' mere presence changes."""
     found = {}
-    for model in server.MODELS:
+    for model in netmaker_core.MODELS:
         columns = [name for name in model._meta.columns if name not in ("last_seen", "sequence")]
-        sql = server.composed("SELECT %s FROM %s", ", ".join('"%s"' % name for name in columns), model._meta.table_name)
+        sql = netmaker_core.composed("SELECT %s FROM %s", ", ".join('"%s"' % name for name in columns), model._meta.table_name)
         found[model._meta.table_name] = sorted(home.core.store.rows(sql), key=repr)
     return found
 
@@ -98,7 +99,7 @@ class World:
     def __init__(self, home: Server) -> None:
         self.home, core = home, home.core
         home.network("other", "10.99.0.0/24")
-        server.set_network(core, "default", {"manual": True})
+        netmaker_core.set_network(core, "default", {"manual": True})
         self.access, self.other_access = home.key(uses=None, name="front"), home.key("other", uses=None, name="back")
         self.node, self.second = (Client(home, source="198.51.100.%d" % number).join(self.access) for number in (1, 2))
         self.stranger = Client(home, "other", "198.51.100.9").join(self.other_access)

@@ -12,6 +12,7 @@ from typing import Any, Iterable, Mapping
 from waitress import wasyncore
 
 import netclient_lite as agent
+import netmaker_core
 import netmaker_lite as server
 
 PUBLIC = "198.51.100.%d"
@@ -27,14 +28,14 @@ class Clock:
         return self.now
 
 
-def make_core(folder: str, clock: Clock | None = None, **environment: str) -> server.Core:
+def make_core(folder: str, clock: Clock | None = None, **environment: str) -> netmaker_core.Core:
     values = {
         "NETMAKER_DATA": folder,
         "SERVER_HOST": "203.0.113.10",
         "TRUSTED_PROXIES": "127.0.0.1",
         **environment,
     }
-    core = server.open_core(server.Settings({}, values))
+    core = netmaker_core.open_core(netmaker_core.Settings({}, values))
     if clock is not None:
         core.clock = clock
     return core
@@ -81,15 +82,15 @@ class Server:
 
     # ---- what an administrator does
 
-    def network(self, name: str = "default", cidr: str = "10.20.30.0/24", **more: Any) -> server.Row:
-        return server.add_network(self.core, name, {"range": cidr, **more})
+    def network(self, name: str = "default", cidr: str = "10.20.30.0/24", **more: Any) -> netmaker_core.Row:
+        return netmaker_core.add_network(self.core, name, {"range": cidr, **more})
 
     def key(self, network: str = "default", uses: int | None = None, **more: Any) -> str:
         """An access key as "id.secret"."""
-        return str(server.add_key(self.core, network, uses=uses, **more)["value"])
+        return str(netmaker_core.add_key(self.core, network, uses=uses, **more)["value"])
 
-    def node(self, client: Client) -> server.Row:
-        return server.need_node(self.core, client.network, client.node)
+    def node(self, client: Client) -> netmaker_core.Row:
+        return netmaker_core.need_node(self.core, client.network, client.node)
 
     # ---- plain requests
 

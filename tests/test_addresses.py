@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import netmaker_lite as server
+import netmaker_core
 from netclient_lite import Invalid
 
 
@@ -58,7 +58,7 @@ def ranges(draw):
 @given(ranges(), st.lists(st.tuples(st.sampled_from("jjjw-"), st.integers(0, 40)), max_size=40))
 def test_no_address_twice_nor_network_nor_broadcast(texts, story):
     """Joins, wishes and leavings in any order, in ranges of any size."""
-    each = server.pools(*texts)
+    each = netmaker_core.pools(*texts)
     book, cursor, living = Book(), 1, set()
     for number, (what, choice) in enumerate(story):
         if what == "-":
@@ -69,8 +69,8 @@ def test_no_address_twice_nor_network_nor_broadcast(texts, story):
             continue
         wishes = [each[0].address(min(choice + 1, each[0].last))] if what == "w" else []
         try:
-            placement = server.place(each, cursor, wishes, *book)
-        except server.Clash:
+            placement = netmaker_core.place(each, cursor, wishes, *book)
+        except netmaker_core.Clash:
             assert wishes or len(each) > 1 or len(living) == each[0].last
             continue
         assert not wishes or placement.addresses[0] == wishes[0]
@@ -85,30 +85,30 @@ def test_no_address_twice_nor_network_nor_broadcast(texts, story):
 
 @pytest.mark.parametrize("text", ["10.0.0.0/30", "10.0.0.0/29", "10.9.8.0/28"])
 def test_every_address_is_used_before_it_is_full(text):
-    book, cursor, pool = Book(), 1, server.pools(text)
+    book, cursor, pool = Book(), 1, netmaker_core.pools(text)
     for node in range(pool[0].last):
-        placement = server.place(pool, cursor, (), *book)
+        placement = netmaker_core.place(pool, cursor, (), *book)
         book.take(placement, node)
         cursor = placement.cursor
-    with pytest.raises(server.Clash, match="every address"):
-        server.place(pool, cursor, (), *book)
+    with pytest.raises(netmaker_core.Clash, match="every address"):
+        netmaker_core.place(pool, cursor, (), *book)
     book.release(1)
     book.release(0)
-    assert server.place(pool, cursor, (), *book).addresses == (pool[0].address(2),)  # the longest released
+    assert netmaker_core.place(pool, cursor, (), *book).addresses == (pool[0].address(2),)  # the longest released
 
 
 def test_dual_stack_shares_the_host_number():
-    pools = server.pools("10.20.30.0/24", "fd00:20:30::/64")
-    placement = server.place(pools, 7, (), *Book())
-    assert placement == server.Placement(("10.20.30.7", "fd00:20:30::7"), 8)
-    wished = server.place(pools, 7, ("10.20.30.99", ""), *Book())
-    assert wished == server.Placement(("10.20.30.99", "fd00:20:30::63"), 7)
+    pools = netmaker_core.pools("10.20.30.0/24", "fd00:20:30::/64")
+    placement = netmaker_core.place(pools, 7, (), *Book())
+    assert placement == netmaker_core.Placement(("10.20.30.7", "fd00:20:30::7"), 8)
+    wished = netmaker_core.place(pools, 7, ("10.20.30.99", ""), *Book())
+    assert wished == netmaker_core.Placement(("10.20.30.99", "fd00:20:30::63"), 7)
 
 
 @pytest.mark.parametrize("wish", ["10.20.30.0", "10.20.30.255", "10.20.31.1", "fd00::1"])
 def test_a_wish_outside_is_refused(wish):
     with pytest.raises(Invalid, match=r"no address that a node .*: its range is 10\.20\.30\.0/24"):
-        server.place(server.pools("10.20.30.0/24"), 1, (wish,), *Book())
+        netmaker_core.place(netmaker_core.pools("10.20.30.0/24"), 1, (wish,), *Book())
 
 
 @pytest.mark.parametrize(
@@ -129,24 +129,24 @@ def test_a_wish_outside_is_refused(wish):
 )
 def test_impossible_ranges_have_their_sentence(text, version, word):
     with pytest.raises(Invalid, match=word):
-        server.check_range(text, version)
+        netmaker_core.check_range(text, version)
 
 
 def test_a_range_is_folded_to_its_network():
-    assert server.check_range("10.20.30.7/24", 4) == "10.20.30.0/24"
+    assert netmaker_core.check_range("10.20.30.7/24", 4) == "10.20.30.0/24"
 
 
 @given(st.lists(st.integers(1, 100), unique=True, max_size=60), st.integers(24, 29), st.integers(24, 29))
 def test_renumbering_keeps_host_numbers_that_fit(hosts, before, after):
     old, new = "10.1.0.0/%d" % before, "10.2.0.0/%d" % after
-    old_pool, new_pool = server.pool(old), server.pool(new)
+    old_pool, new_pool = netmaker_core.pool(old), netmaker_core.pool(new)
     hosts = [host for host in hosts if host <= old_pool.last]
     nodes = [{"id": str(host), "ip": old_pool.address(host)} for host in hosts]
     if len(hosts) > new_pool.last:
-        with pytest.raises(server.Clash):
-            server.renumber(nodes, "ip", old, new)
+        with pytest.raises(netmaker_core.Clash):
+            netmaker_core.renumber(nodes, "ip", old, new)
         return
-    moved = server.renumber(nodes, "ip", old, new)
+    moved = netmaker_core.renumber(nodes, "ip", old, new)
     assert len(set(moved.values())) == len(hosts)
     for node, address in moved.items():
         if int(node) <= new_pool.last:
@@ -154,21 +154,21 @@ def test_renumbering_keeps_host_numbers_that_fit(hosts, before, after):
 
 
 def test_names_get_a_number():
-    assert server.free_name("nas", []) == "nas"
-    assert server.free_name("nas", ["nas", "nas-2"]) == "nas-3"
-    assert len(server.free_name("n" * 62, ["n" * 62])) <= 62
+    assert netmaker_core.free_name("nas", []) == "nas"
+    assert netmaker_core.free_name("nas", ["nas", "nas-2"]) == "nas-3"
+    assert len(netmaker_core.free_name("n" * 62, ["n" * 62])) <= 62
 
 
 def test_extra_routes():
-    assert server.check_routes("192.168.7.1/24, fd01::/64", {"10.0.0.0/8": "mine", "": ""}) == "192.168.7.0/24,fd01::/64"
+    assert netmaker_core.check_routes("192.168.7.1/24, fd01::/64", {"10.0.0.0/8": "mine", "": ""}) == "192.168.7.0/24,fd01::/64"
     with pytest.raises(Invalid, match="all traffic"):
-        server.check_routes("0.0.0.0/0", {})
-    with pytest.raises(server.Clash, match=r"overlaps 10\.0\.0\.0/8, which is mine"):
-        server.check_routes("10.1.0.0/16", {"10.0.0.0/8": "mine"})
+        netmaker_core.check_routes("0.0.0.0/0", {})
+    with pytest.raises(netmaker_core.Clash, match=r"overlaps 10\.0\.0\.0/8, which is mine"):
+        netmaker_core.check_routes("10.1.0.0/16", {"10.0.0.0/8": "mine"})
     with pytest.raises(Invalid, match="twice"):
-        server.check_routes("10.1.0.0/16,10.1.2.3/16", {})
+        netmaker_core.check_routes("10.1.0.0/16,10.1.2.3/16", {})
 
 
 @pytest.mark.parametrize("text", ["10.20.30.0/24", "10.0.0.0/8", "10.1.2.4/30", "fd00::/64", "fd00::/126"])
 def test_a_pool_names_its_range(text):
-    assert server.pool(text).text == text
+    assert netmaker_core.pool(text).text == text

@@ -17,6 +17,7 @@ from serverkit import Client, Clock, clients, make_core, settle, wireguard_key
 from test_store import in_parallel
 
 import netclient_lite as agent
+import netmaker_core
 import netmaker_lite as server
 from netclient_lite import Invalid
 
@@ -24,15 +25,15 @@ from netclient_lite import Invalid
 @pytest.fixture
 def core(tmp_path):
     made = make_core(str(tmp_path), Clock())
-    server.add_network(made, "default", {"range": "10.20.30.0/24"})
+    netmaker_core.add_network(made, "default", {"range": "10.20.30.0/24"})
     yield made
-    assert server.check(made) == []
+    assert netmaker_core.check(made) == []
     made.store.close()
 
 
 @pytest.fixture
 def gateway(core):
-    return server.create_ingress(core, join(core, "gw"))
+    return netmaker_core.create_ingress(core, join(core, "gw"))
 
 
 def lines(config):
@@ -49,18 +50,18 @@ def lines(config):
 
 
 def again(core, row):
-    return server.need_client(core, "default", row["id"])
+    return netmaker_core.need_client(core, "default", row["id"])
 
 
 # ---- what is made
 
 
 def test_a_client_has_a_configuration(core, gateway):
-    server.create_egress(core, join(core, "nas"), ["192.168.7.0/24"])
-    row = server.add_client(core, gateway, {"name": "phone"})
+    netmaker_core.create_egress(core, join(core, "nas"), ["192.168.7.0/24"])
+    row = netmaker_core.add_client(core, gateway, {"name": "phone"})
     found = lines(row["config"])
     assert found["Interface"] == {"PrivateKey": row["privatekey"], "Address": "10.20.30.3/32", "MTU": "1280"}
-    shared = server.preshared_key(core, gateway, row)
+    shared = netmaker_core.preshared_key(core, gateway, row)
     assert found["Peer"] == {
         "PublicKey": gateway["key"],
         "PresharedKey": shared,
@@ -76,8 +77,8 @@ def test_a_client_has_a_configuration(core, gateway):
 def test_both_ends_compute_the_preshared_key(home):
     """The gateway from what it has on disk, and what it hears of the client; it never travels."""
     gateway = Client(home).join(home.key())
-    row = server.create_ingress(home.core, home.node(gateway))
-    made = server.add_client(home.core, row, {})
+    row = netmaker_core.create_ingress(home.core, home.node(gateway))
+    made = netmaker_core.add_client(home.core, row, {})
     gateway.exchange()
     (told,) = gateway.me["ingress"]["clients"]
     assert told == {"id": made["id"], "key": made["key"], "ip": made["ip"]}
@@ -88,32 +89,32 @@ def test_both_ends_compute_the_preshared_key(home):
 
 def test_everybody_sends_a_clients_traffic_to_its_gateway(core, gateway):
     other = join(core, "other")
-    row = server.add_client(core, gateway, {"internet": True})
+    row = netmaker_core.add_client(core, gateway, {"internet": True})
     record = next(each for each in heard(core, other["id"])["peers"] if each["id"] == gateway["id"])
     assert record["ips"] == [row["ip"] + "/32"]
     me = heard(core, gateway["id"])["me"]
     assert me["forward"] is True and me["ingress"]["clients"][0]["internet"] is True
-    server.set_client(core, row, {"enabled": False})
+    netmaker_core.set_client(core, row, {"enabled": False})
     record = next(each for each in heard(core, other["id"])["peers"] if each["id"] == gateway["id"])
     assert "ips" not in record and heard(core, gateway["id"])["me"]["ingress"] == {"clients": []}
-    server.set_client(core, row, {"enabled": True})
+    netmaker_core.set_client(core, row, {"enabled": True})
     assert heard(core, gateway["id"])["me"]["ingress"]["clients"]
 
 
 def test_dns_and_the_internet_are_chosen(core, gateway):
-    server.set_network(core, "default", {"client_dns": "10.20.30.1"})
-    row = server.add_client(core, gateway, {"internet": True, "name": "phone"})
+    netmaker_core.set_network(core, "default", {"client_dns": "10.20.30.1"})
+    row = netmaker_core.add_client(core, gateway, {"internet": True, "name": "phone"})
     found = lines(row["config"])
     assert (found["Peer"]["AllowedIPs"], found["Interface"]["DNS"]) == ("0.0.0.0/0, ::/0", "10.20.30.1")
-    row = server.set_client(core, row, {"internet": False, "resolver": "9.9.9.9, 2620:fe::fe"})
+    row = netmaker_core.set_client(core, row, {"internet": False, "resolver": "9.9.9.9, 2620:fe::fe"})
     found = lines(again(core, row)["file"])
     assert (found["Peer"]["AllowedIPs"], found["Interface"]["DNS"]) == ("10.20.30.0/24", "9.9.9.9, 2620:fe::fe")
 
 
 def test_both_families(core):
-    server.set_network(core, "default", {"range6": "fd00:20:30::/64"})
-    gateway = server.create_ingress(core, join(core, "gw"))
-    row = server.add_client(core, gateway, {})
+    netmaker_core.set_network(core, "default", {"range6": "fd00:20:30::/64"})
+    gateway = netmaker_core.create_ingress(core, join(core, "gw"))
+    row = netmaker_core.add_client(core, gateway, {})
     found = lines(row["config"])
     assert found["Interface"]["Address"] == "10.20.30.2/32, fd00:20:30::2/128"
     assert found["Peer"]["AllowedIPs"] == "10.20.30.0/24, fd00:20:30::/64"
@@ -121,29 +122,29 @@ def test_both_families(core):
 
 def test_a_client_may_bring_its_key(core, gateway):
     key = wireguard_key()
-    row = server.add_client(core, gateway, {"key": key, "name": "laptop"})
+    row = netmaker_core.add_client(core, gateway, {"key": key, "name": "laptop"})
     assert (row["key"], row["privatekey"]) == (key, "")
     assert lines(row["config"])["Interface"]["PrivateKey"] == ""
-    with pytest.raises(server.Clash, match="belongs to the client laptop"):
-        server.add_client(core, gateway, {"key": key})
-    with pytest.raises(server.Clash, match="belongs to the node gw"):
-        server.add_client(core, gateway, {"key": gateway["key"]})
-    with pytest.raises(server.Clash, match="belongs to the client laptop"):
+    with pytest.raises(netmaker_core.Clash, match="belongs to the client laptop"):
+        netmaker_core.add_client(core, gateway, {"key": key})
+    with pytest.raises(netmaker_core.Clash, match="belongs to the node gw"):
+        netmaker_core.add_client(core, gateway, {"key": gateway["key"]})
+    with pytest.raises(netmaker_core.Clash, match="belongs to the client laptop"):
         join(core, "thief", key=key)
 
 
 def test_who_cannot_have_clients(core):
     node = join(core, "node")
-    with pytest.raises(server.Clash, match="no ingress gateway: `netmaker-lite node ingress default node`"):
-        server.add_client(core, node, {})
-    hidden = server.create_ingress(core, join(core, "hidden"))
+    with pytest.raises(netmaker_core.Clash, match="no ingress gateway: `netmaker-lite node ingress default node`"):
+        netmaker_core.add_client(core, node, {})
+    hidden = netmaker_core.create_ingress(core, join(core, "hidden"))
     core.store.set_meta("x", "")
-    server.set_node(core, hidden, {"public": ""})
-    with pytest.raises(server.Clash, match="nobody outside can reach hidden: set its endpoint first"):
-        server.add_client(core, hidden, {})
-    machine = server.add_node(core, "default", {"key": wireguard_key(), "name": "manual"})
-    with pytest.raises(server.Clash, match="no agent runs on manual"):
-        server.create_ingress(core, machine)
+    netmaker_core.set_node(core, hidden, {"public": ""})
+    with pytest.raises(netmaker_core.Clash, match="nobody outside can reach hidden: set its endpoint first"):
+        netmaker_core.add_client(core, hidden, {})
+    machine = netmaker_core.add_node(core, "default", {"key": wireguard_key(), "name": "manual"})
+    with pytest.raises(netmaker_core.Clash, match="no agent runs on manual"):
+        netmaker_core.create_ingress(core, machine)
 
 
 # ---- addresses and names
@@ -152,30 +153,31 @@ def test_who_cannot_have_clients(core):
 def test_addresses_and_names_are_given_once(core, gateway, tmp_path):
     other = make_core(str(tmp_path), Clock())
     found = in_parallel(8, lambda number: (
-        server.add_client((core, other)[number % 2], gateway, {}) if number % 4 else join((core, other)[number // 4], "client")
+        netmaker_core.add_client((core, other)[number % 2], gateway, {})
+        if number % 4 else join((core, other)[number // 4], "client")
     ))  # fmt: skip
     assert len({row["ip"] for row in found}) == len({row["name"] for row in found}) == 8, found
-    assert server.check(core) == []
+    assert netmaker_core.check(core) == []
     other.store.close()
 
 
 def test_a_name_is_a_nodes_or_a_clients(core, gateway):
-    row = server.add_client(core, gateway, {"name": "phone"})
+    row = netmaker_core.add_client(core, gateway, {"name": "phone"})
     for name in ("gw", "phone"):
-        with pytest.raises(server.Clash, match="the name %s is taken" % name):
-            server.add_client(core, gateway, {"name": name})
+        with pytest.raises(netmaker_core.Clash, match="the name %s is taken" % name):
+            netmaker_core.add_client(core, gateway, {"name": name})
     assert join(core, "phone")["name"] == "phone-2"
-    with pytest.raises(server.Clash, match="taken"):
-        server.set_node(core, gateway, {"name": "phone"})
-    with pytest.raises(server.Clash, match="taken"):
-        server.set_client(core, row, {"name": "phone-2"})
-    assert server.set_client(core, row, {"name": "mobile"})["name"] == "mobile"
-    assert server.set_node(core, gateway, {"name": "phone"})["name"] == "phone"
+    with pytest.raises(netmaker_core.Clash, match="taken"):
+        netmaker_core.set_node(core, gateway, {"name": "phone"})
+    with pytest.raises(netmaker_core.Clash, match="taken"):
+        netmaker_core.set_client(core, row, {"name": "phone-2"})
+    assert netmaker_core.set_client(core, row, {"name": "mobile"})["name"] == "mobile"
+    assert netmaker_core.set_node(core, gateway, {"name": "phone"})["name"] == "phone"
 
 
 def test_a_range_change_takes_clients_along(core, gateway):
-    row = server.add_client(core, gateway, {})
-    server.set_network(core, "default", {"range": "10.99.0.0/24", "range6": "fd99::/64"})
+    row = netmaker_core.add_client(core, gateway, {})
+    netmaker_core.set_network(core, "default", {"range": "10.99.0.0/24", "range6": "fd99::/64"})
     now = again(core, row)
     assert (now["ip"], now["outdated"]) == ("10.99.0.2", True) and now["ip6"].startswith("fd99::")
     records = {record["id"]: record for record in heard(core, join(core, "x")["id"])["peers"]}
@@ -183,46 +185,46 @@ def test_a_range_change_takes_clients_along(core, gateway):
 
 
 def test_what_goes_with_whom(core, gateway):
-    one, two = (server.add_client(core, gateway, {}) for _ in range(2))
-    server.remove_client(core, one)
-    with pytest.raises(server.Missing, match="client list default"):
+    one, two = (netmaker_core.add_client(core, gateway, {}) for _ in range(2))
+    netmaker_core.remove_client(core, one)
+    with pytest.raises(netmaker_core.Missing, match="client list default"):
         again(core, one)
-    server.delete_role(core, gateway, "ingress")
-    assert server.clients(core) == [] and "ingress" not in heard(core, gateway["id"])["me"]
-    server.create_ingress(core, gateway)
-    three = server.add_client(core, gateway, {})
+    netmaker_core.delete_role(core, gateway, "ingress")
+    assert netmaker_core.clients(core) == [] and "ingress" not in heard(core, gateway["id"])["me"]
+    netmaker_core.create_ingress(core, gateway)
+    three = netmaker_core.add_client(core, gateway, {})
     assert len({row["ip"] for row in (one, two, three)}) == 3
-    server.remove_node(core, gateway)
-    assert server.clients(core) == [] and core.store.rows("SELECT 1 FROM lease WHERE node IS NOT NULL") == []
+    netmaker_core.remove_node(core, gateway)
+    assert netmaker_core.clients(core) == [] and core.store.rows("SELECT 1 FROM lease WHERE node IS NOT NULL") == []
 
 
 # ---- keys are kept for a while
 
 
 def test_the_private_key_is_kept_for_a_quarter_of_an_hour(core, gateway):
-    row = server.add_client(core, gateway, {})
+    row = netmaker_core.add_client(core, gateway, {})
     sealed = core.store.rows("SELECT private FROM client")[0][0]
     assert row["privatekey"] not in sealed and sealed
-    core.clock.now += server.KEPT - 1
-    server.sweep(core)
+    core.clock.now += netmaker_core.KEPT - 1
+    netmaker_core.sweep(core)
     assert "\nPrivateKey = " + row["privatekey"] in again(core, row)["file"]
     core.clock.now += 1
     assert row["privatekey"] not in again(core, row)["file"]  # whether or not housekeeping came by
-    server.sweep(core)
+    netmaker_core.sweep(core)
     assert core.store.rows("SELECT private FROM client") == [("",)]
-    with pytest.raises(server.UsedUp, match="renew the client"):
-        server.picture_of(again(core, row), "png")
+    with pytest.raises(netmaker_core.UsedUp, match="renew the client"):
+        netmaker_core.picture_of(again(core, row), "png")
 
 
 def test_renewing_makes_another_pair(core, gateway):
-    row = server.add_client(core, gateway, {})
-    server.set_node(core, gateway, {"static": "203.0.113.77"})
+    row = netmaker_core.add_client(core, gateway, {})
+    netmaker_core.set_node(core, gateway, {"static": "203.0.113.77"})
     assert again(core, row)["outdated"]
-    new = server.renew_client(core, again(core, row))
+    new = netmaker_core.renew_client(core, again(core, row))
     assert new["key"] != row["key"] and not new["outdated"] and new["ip"] == row["ip"]
     assert "Endpoint = 203.0.113.77:51821" in new["config"]
     assert re.search("PresharedKey = (.*)", new["config"])[1] != re.search("PresharedKey = (.*)", row["config"])[1]
-    own = server.renew_client(core, new, wireguard_key())
+    own = netmaker_core.renew_client(core, new, wireguard_key())
     assert own["privatekey"] == "" and "PrivateKey = #" in own["config"]
 
 
@@ -232,10 +234,10 @@ def test_renewing_makes_another_pair(core, gateway):
     ids=lambda change: next(iter(change)),
 )
 def test_a_configuration_goes_stale_with_its_gateway(core, gateway, change):
-    row = server.add_client(core, gateway, {})
-    server.set_node(core, gateway, {"name": "other", "dns": False})
+    row = netmaker_core.add_client(core, gateway, {})
+    netmaker_core.set_node(core, gateway, {"name": "other", "dns": False})
     assert not again(core, row)["outdated"]
-    server.set_node(core, gateway, {**change, **({"key": wireguard_key()} if "key" in change else {})})
+    netmaker_core.set_node(core, gateway, {**change, **({"key": wireguard_key()} if "key" in change else {})})
     assert again(core, row)["outdated"]
 
 
@@ -245,9 +247,9 @@ def test_a_configuration_goes_stale_with_its_gateway(core, gateway, change):
 @pytest.mark.skipif(not shutil.which("zbarimg"), reason="zbarimg (Debian: zbar-tools) is not installed")
 def test_a_picture_can_be_read(core, gateway, tmp_path):
     pytest.importorskip("segno")
-    row = server.add_client(core, gateway, {"internet": True})
+    row = netmaker_core.add_client(core, gateway, {"internet": True})
     picture = tmp_path / "phone.png"
-    picture.write_bytes(server.picture_of(again(core, row), "png"))
+    picture.write_bytes(netmaker_core.picture_of(again(core, row), "png"))
     done = subprocess.run(["zbarimg", "-q", "--raw", str(picture)], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == row["config"].strip()
     width = int.from_bytes(picture.read_bytes()[16:20], "big")
@@ -256,12 +258,12 @@ def test_a_picture_can_be_read(core, gateway, tmp_path):
 
 def test_a_picture_that_can_be_scaled(core, gateway):
     pytest.importorskip("segno")
-    row = server.add_client(core, gateway, {})
-    assert server.picture_of(again(core, row), "svg").startswith(b"<?xml")
+    row = netmaker_core.add_client(core, gateway, {})
+    assert netmaker_core.picture_of(again(core, row), "svg").startswith(b"<?xml")
 
 
 def test_without_segno_a_sentence(core, gateway, monkeypatch):
-    row = server.add_client(core, gateway, {})
+    row = netmaker_core.add_client(core, gateway, {})
     real = builtins.__import__
 
     def missing(name, *rest):
@@ -270,8 +272,8 @@ def test_without_segno_a_sentence(core, gateway, monkeypatch):
         return real(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(server.Busy, match="pip install segno"):
-        server.picture_of(again(core, row), "png")
+    with pytest.raises(netmaker_core.Busy, match="pip install segno"):
+        netmaker_core.picture_of(again(core, row), "png")
 
 
 # ---- over HTTP
@@ -299,7 +301,7 @@ def test_clients_by_rest(home, boss):
         pytest.importorskip("segno")
         assert boss.call("GET", "%s/phone/%s" % (path, form)).body.startswith(start)
     assert boss.call("GET", path + "/phone/pdf").status == 404
-    home.core.clock.now += server.KEPT
+    home.core.clock.now += netmaker_core.KEPT
     assert boss.call("GET", path + "/phone/qr").status == 410
     assert (
         boss.good("PUT", path + "/phone", {**listed[0], "clientid": "mobile", "enabled": "no", "internet": "yes"})["clientid"]

@@ -17,7 +17,7 @@ import pytest
 from restkit import PASSWORD, Rest
 from serverkit import Client, Server, wireguard_key
 
-import netmaker_lite as server
+import netmaker_core
 
 SECONDS = float(os.environ.get("NM_SECONDS", "8"))
 Crowd = Callable[["Party", int], None]
@@ -151,7 +151,7 @@ CROWDS: tuple[tuple[Crowd, int], ...] = (
 @pytest.mark.timeout(120 + 3 * int(SECONDS))
 def test_64_at_once(home: Server, admin: Rest) -> None:
     core = home.core
-    server.set_network(core, "default", {"range": "10.20.0.0/16", "range6": "fd00:20::/64"})
+    netmaker_core.set_network(core, "default", {"range": "10.20.0.0/16", "range6": "fd00:20::/64"})
     (first,) = core.store.rows("SELECT MAX(id), (SELECT counter FROM network WHERE id = 'default') FROM audit")
     party = Party(home, admin)
     crowd = [(work, number) for work, count in CROWDS for number in range(count)]
@@ -174,11 +174,11 @@ def test_64_at_once(home: Server, admin: Rest) -> None:
     assert counter - first[1] >= heard[0][0]
     leases = core.store.rows("SELECT address, node FROM lease WHERE network = 'default' AND node IS NOT NULL")
     assert len({address for address, _ in leases}) == len(leases)
-    rows = server.nodes(core, "default")
+    rows = netmaker_core.nodes(core, "default")
     assert {row["ip"] for row in rows} | {row["ip6"] for row in rows} == {address for address, _ in leases}
     assert (
-        server.need_network(core, "default")["members"]
+        netmaker_core.need_network(core, "default")["members"]
         == len(rows)
         == party.done["node join"] + party.done["node add"] - party.done["node remove"]
     )
-    assert server.check(core) == []
+    assert netmaker_core.check(core) == []

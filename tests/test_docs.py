@@ -7,6 +7,7 @@ import re
 
 from agentkit import REPO
 
+import netmaker_core
 import netmaker_lite as server
 
 API = (REPO / "docs/api.md").read_text("utf-8")
@@ -32,4 +33,4 @@ def test_every_field_that_the_api_document_calls_by_name_is_there():
 def test_every_setting_is_in_the_servers_help(capsys):
     assert server.main(["serve", "--help"]) == 0
     told = capsys.readouterr().out
-    assert [each.name for each in server.SETTINGS if each.name not in told] == []
+    assert [each.name for each in netmaker_core.SETTINGS if each.name not in told] == []

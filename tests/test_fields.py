@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from restkit import PASSWORD, Rest, World, rows
 
+import netmaker_core
 import netmaker_lite as server
 
 few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
@@ -60,10 +61,10 @@ def in_other_words(value: Any) -> st.SearchStrategy[Any]:
 def test_what_is_shown_can_be_sent_back_and_changes_nothing(world: World) -> None:
     """User interfaces echo whole objects. The audit log has no line of that, and no node hears of it."""
     core = world.home.core
-    server.set_node(
+    netmaker_core.set_node(
         core, world.home.node(world.node), {"ips": "192.168.7.0/24", "static": "203.0.113.7", "keepalive": 0, "expires": 1 << 33}
     )
-    server.set_network(core, "default", {"range6": "fd00:20::/64", "local_range": "192.168.1.0/24", "silent": 86400})
+    netmaker_core.set_network(core, "default", {"range6": "fd00:20::/64", "local_range": "192.168.1.0/24", "silent": 86400})
     found = list(objects(world))
     assert len(found) >= 3
     before = rows(world.home)
@@ -422,7 +423,7 @@ def test_queries_are_bounded(world: World, name: str) -> None:
 
 def test_pages_are_the_whole_list(world: World) -> None:
     for number in range(23):
-        server.add_key(world.home.core, "default", "key-%d" % number)
+        netmaker_core.add_key(world.home.core, "default", "key-%d" % number)
     for path in ("/api/networks/default/keys", "/api/audit", "/api/nodes", "/api/users"):
         said = world.admin.call("GET", path)
         total = int(said.headers["X-Total-Count"])

@@ -12,21 +12,21 @@ from meshkit import allowed, heard, join, owned, owners
 from restkit import make_user
 from serverkit import Client, Clock, clients, make_core, settle, wireguard_key
 
-import netmaker_lite as server
+import netmaker_core
 from netclient_lite import Invalid, parse_me, parse_record
 
 
 @pytest.fixture
 def core(tmp_path):
     made = make_core(str(tmp_path), Clock())
-    server.add_network(made, "default", {"range": "10.20.30.0/24", "range6": "fd00:20:30::/64"})
+    netmaker_core.add_network(made, "default", {"range": "10.20.30.0/24", "range6": "fd00:20:30::/64"})
     yield made
-    assert server.check(made) == []
+    assert netmaker_core.check(made) == []
     made.store.close()
 
 
 def node_of(core, row):
-    return server.need_node(core, row["network"], row["id"])
+    return netmaker_core.need_node(core, row["network"], row["id"])
 
 
 # ---- egress
@@ -34,8 +34,8 @@ def node_of(core, row):
 
 def test_an_egress_gateway_owns_its_ranges(core):
     gateway, other = join(core, "gw"), join(core, "other")
-    row = server.create_egress(core, gateway, ["192.168.7.9/24, fd07::/64"], "br-lan", False)
-    assert server.egress_ranges(row["egress"]) == ["192.168.7.0/24", "fd07::/64"]
+    row = netmaker_core.create_egress(core, gateway, ["192.168.7.9/24, fd07::/64"], "br-lan", False)
+    assert netmaker_core.egress_ranges(row["egress"]) == ["192.168.7.0/24", "fd07::/64"]
     told = heard(core, other["id"])
     record = next(record for record in told["peers"] if record["id"] == gateway["id"])
     assert record["ips"] == ["192.168.7.0/24", "fd07::/64"]
@@ -43,20 +43,20 @@ def test_an_egress_gateway_owns_its_ranges(core):
     me = heard(core, gateway["id"])["me"]
     assert me["egress"] == {"ranges": ["192.168.7.0/24", "fd07::/64"], "interface": "br-lan", "nat": False}
     assert "forward" not in me
-    row = server.create_egress(core, gateway, ["192.168.8.0/24"])
-    assert server.egress_ranges(row["egress"]) == ["192.168.8.0/24"]
-    server.delete_role(core, gateway, "egress")
+    row = netmaker_core.create_egress(core, gateway, ["192.168.8.0/24"])
+    assert netmaker_core.egress_ranges(row["egress"]) == ["192.168.8.0/24"]
+    netmaker_core.delete_role(core, gateway, "egress")
     assert "ips" not in next(record for record in heard(core, other["id"])["peers"] if record["id"] == gateway["id"])
     assert "egress" not in heard(core, gateway["id"])["me"]
 
 
 def test_creating_the_same_gateway_again_says_nothing_new(core):
     gateway = join(core, "gw")
-    server.delete_role(core, gateway, "ingress")
-    server.create_ingress(core, gateway)
+    netmaker_core.delete_role(core, gateway, "ingress")
+    netmaker_core.create_ingress(core, gateway)
     before = core.store.word("default")
-    server.create_ingress(core, gateway)
-    server.delete_role(core, gateway, "egress")
+    netmaker_core.create_ingress(core, gateway)
+    netmaker_core.delete_role(core, gateway, "egress")
     assert core.store.word("default") == before
 
 
@@ -83,53 +83,53 @@ def test_creating_the_same_gateway_again_says_nothing_new(core):
     ],
 )
 def test_ranges_that_cannot_be_shared(core, ranges, word):
-    server.add_network(core, "else", {"range": "10.77.0.0/16"})
+    netmaker_core.add_network(core, "else", {"range": "10.77.0.0/16"})
     gateway, far = join(core, "gw"), join(core, "far")
-    server.set_node(core, far, {"local": "192.168.44.5"})
-    server.set_node(core, gateway, {"local": "192.168.1.1", "ips": "172.30.1.0/24"})
-    server.create_egress(core, join(core, "gw2"), ["172.16.0.0/16"])
-    server.set_node(core, join(core, "extra"), {"ips": "172.17.8.0/24"})
+    netmaker_core.set_node(core, far, {"local": "192.168.44.5"})
+    netmaker_core.set_node(core, gateway, {"local": "192.168.1.1", "ips": "172.30.1.0/24"})
+    netmaker_core.create_egress(core, join(core, "gw2"), ["172.16.0.0/16"])
+    netmaker_core.set_node(core, join(core, "extra"), {"ips": "172.17.8.0/24"})
     before = core.store.word("default")
-    with pytest.raises((Invalid, server.Clash), match=word):
-        server.create_egress(core, gateway, [ranges])
+    with pytest.raises((Invalid, netmaker_core.Clash), match=word):
+        netmaker_core.create_egress(core, gateway, [ranges])
     assert core.store.word("default") == before
 
 
 def test_neighbours_in_the_gateways_lan_do_not_hinder(core):
     gateway, near, behind = join(core, "gw", source="198.51.100.9"), join(core, "nas"), join(core, "tv", source="198.51.100.9")
     for row, address in ((gateway, "192.168.1.1"), (near, "192.168.1.2"), (behind, "192.168.1.3")):
-        server.set_node(core, row, {"local": address})
-    server.set_node(core, gateway, {"lan": "9f31c2aa"})
-    with pytest.raises(server.Clash, match="in the LAN of the node nas"):
-        server.create_egress(core, gateway, ["192.168.1.0/24"])
-    server.set_node(core, near, {"lan": "9f31c2aa"})
-    server.create_egress(core, gateway, ["192.168.1.0/24"])
+        netmaker_core.set_node(core, row, {"local": address})
+    netmaker_core.set_node(core, gateway, {"lan": "9f31c2aa"})
+    with pytest.raises(netmaker_core.Clash, match="in the LAN of the node nas"):
+        netmaker_core.create_egress(core, gateway, ["192.168.1.0/24"])
+    netmaker_core.set_node(core, near, {"lan": "9f31c2aa"})
+    netmaker_core.create_egress(core, gateway, ["192.168.1.0/24"])
 
 
 def test_what_a_gateway_has_nobody_else_gets(core):
     gateway, other = join(core, "gw"), join(core, "other")
-    server.create_egress(core, gateway, ["192.168.7.0/24"])
-    with pytest.raises(server.Clash, match="a range of the node gw"):
-        server.set_node(core, other, {"ips": "192.168.0.0/16"})
-    with pytest.raises(server.Clash, match="a range of the node gw"):
-        server.set_node(core, gateway, {"ips": "192.168.7.0/25"})
-    with pytest.raises(server.Clash, match=r"overlaps 192\.168\.7\.0/24, which is a range of the node gw"):
-        server.add_network(core, "else", {"range": "192.168.0.0/16"})
-    with pytest.raises(server.Clash, match="a range of the node gw"):
-        server.set_network(core, "default", {"range": "192.168.7.0/24"})
-    server.remove_node(core, gateway)
-    server.set_node(core, other, {"ips": "192.168.0.0/16"})
+    netmaker_core.create_egress(core, gateway, ["192.168.7.0/24"])
+    with pytest.raises(netmaker_core.Clash, match="a range of the node gw"):
+        netmaker_core.set_node(core, other, {"ips": "192.168.0.0/16"})
+    with pytest.raises(netmaker_core.Clash, match="a range of the node gw"):
+        netmaker_core.set_node(core, gateway, {"ips": "192.168.7.0/25"})
+    with pytest.raises(netmaker_core.Clash, match=r"overlaps 192\.168\.7\.0/24, which is a range of the node gw"):
+        netmaker_core.add_network(core, "else", {"range": "192.168.0.0/16"})
+    with pytest.raises(netmaker_core.Clash, match="a range of the node gw"):
+        netmaker_core.set_network(core, "default", {"range": "192.168.7.0/24"})
+    netmaker_core.remove_node(core, gateway)
+    netmaker_core.set_node(core, other, {"ips": "192.168.0.0/16"})
 
 
 @pytest.mark.parametrize("name", ["eth0; reboot", "-x", "a" * 16, "a b", "a\nb"])
 def test_an_interface_is_a_name(core, name):
     with pytest.raises(Invalid, match="no interface name"):
-        server.create_egress(core, join(core, "gw"), ["192.168.7.0/24"], name)
+        netmaker_core.create_egress(core, join(core, "gw"), ["192.168.7.0/24"], name)
 
 
 def test_hooks_are_kept_and_told_to_nobody(core):
     gateway = join(core, "gw")
-    row = server.create_egress(core, gateway, ["192.168.7.0/24"], postup="echo up", postdown="echo down")
+    row = netmaker_core.create_egress(core, gateway, ["192.168.7.0/24"], postup="echo up", postdown="echo down")
     assert (row["postup"], row["postdown"]) == ("echo up", "echo down")
     assert "echo" not in json.dumps(heard(core, gateway["id"]))
 
@@ -139,8 +139,8 @@ def test_hooks_are_kept_and_told_to_nobody(core):
 
 def test_relayed_nodes_are_reached_through_their_relay(core):
     relay, far, near = join(core, "relay"), join(core, "far"), join(core, "near")
-    server.create_egress(core, far, ["192.168.7.0/24"])
-    row = server.create_relay(core, relay, ["far"])
+    netmaker_core.create_egress(core, far, ["192.168.7.0/24"])
+    row = netmaker_core.create_relay(core, relay, ["far"])
     assert row["relay"] and row["relayaddrs"] == [far["ip"]]
     told = heard(core, near["id"])
     peers = allowed(near["id"], told["peers"])
@@ -154,25 +154,25 @@ def test_relayed_nodes_are_reached_through_their_relay(core):
 
 def test_a_relay_that_is_not_there_is_gone_round(core):
     relay, far, near = join(core, "relay"), join(core, "far"), join(core, "near")
-    server.create_relay(core, relay, [far["ip"]])
-    server.disable(core, relay)
+    netmaker_core.create_relay(core, relay, [far["ip"]])
+    netmaker_core.disable(core, relay)
     assert set(allowed(near["id"], heard(core, near["id"])["peers"])) == {far["id"]}
-    server.remove_node(core, relay)
+    netmaker_core.remove_node(core, relay)
     assert node_of(core, far)["via"] == ""
 
 
 def test_relays_are_no_chains(core):
     one, two, three = (join(core, name) for name in ("one", "two", "three"))
-    server.create_relay(core, one, ["two"])
+    netmaker_core.create_relay(core, one, ["two"])
     for node, other in ((one, "one"), (two, "three"), (three, "two"), (three, "one")):
-        with pytest.raises(server.Clash, match=r"relay(ed itself|, or has one)"):
-            server.create_relay(core, node, [other])
-    with pytest.raises(server.Missing):
-        server.create_relay(core, one, ["nobody"])
+        with pytest.raises(netmaker_core.Clash, match=r"relay(ed itself|, or has one)"):
+            netmaker_core.create_relay(core, node, [other])
+    with pytest.raises(netmaker_core.Missing):
+        netmaker_core.create_relay(core, one, ["nobody"])
     assert node_of(core, one)["relayaddrs"] == [two["ip"]]
-    assert server.create_relay(core, one, ["three"])["relayaddrs"] == [three["ip"]]
+    assert netmaker_core.create_relay(core, one, ["three"])["relayaddrs"] == [three["ip"]]
     assert node_of(core, two)["via"] == ""
-    server.delete_role(core, one, "relay")
+    netmaker_core.delete_role(core, one, "relay")
     assert node_of(core, three)["via"] == "" and "forward" not in heard(core, one["id"])["me"]
 
 
@@ -181,26 +181,26 @@ def test_relays_are_no_chains(core):
 
 def test_a_denied_pair_hears_of_it_at_both_ends(core):
     one, two, three = (join(core, name) for name in ("one", "two", "three"))
-    server.set_denied(core, "default", one["id"], two["id"], True)
-    server.set_denied(core, "default", two["id"], one["id"], True)
-    server.set_denied(core, "default", one["id"], three["id"], True)
+    netmaker_core.set_denied(core, "default", one["id"], two["id"], True)
+    netmaker_core.set_denied(core, "default", two["id"], one["id"], True)
+    netmaker_core.set_denied(core, "default", one["id"], three["id"], True)
     assert heard(core, one["id"])["me"]["deny"] == [two["id"], three["id"]]
     assert heard(core, two["id"])["me"]["deny"] == [one["id"]]
-    names = sorted([pair["name1"], pair["name2"]] for pair in server.denials(core, "default"))
+    names = sorted([pair["name1"], pair["name2"]] for pair in netmaker_core.denials(core, "default"))
     assert names == [["one", "three"], ["one", "two"]]
-    server.set_denied(core, "default", two["id"], one["id"], False)
+    netmaker_core.set_denied(core, "default", two["id"], one["id"], False)
     assert "deny" not in heard(core, two["id"])["me"] and heard(core, one["id"])["me"]["deny"] == [three["id"]]
-    server.remove_node(core, three)
-    assert "deny" not in heard(core, one["id"])["me"] and server.denials(core, "default") == []
+    netmaker_core.remove_node(core, three)
+    assert "deny" not in heard(core, one["id"])["me"] and netmaker_core.denials(core, "default") == []
     with pytest.raises(Invalid, match="two nodes"):
-        server.set_denied(core, "default", one["id"], one["id"], True)
+        netmaker_core.set_denied(core, "default", one["id"], one["id"], True)
 
 
 def test_others_do_not_hear_of_a_denied_pair(core):
     one, two, three = (join(core, name) for name in ("one", "two", "three"))
-    members = server.Members(core.store)
+    members = netmaker_core.Members(core.store)
     before = heard(core, three["id"], members)["word"]
-    server.set_denied(core, "default", one["id"], two["id"], True)
+    netmaker_core.set_denied(core, "default", one["id"], two["id"], True)
     member = members.node(three["id"])
     members.prove(member.mesh)
     assert json.loads(members.answer(member, before))["peers"] == []
@@ -225,40 +225,40 @@ class Story:
 
     def __init__(self, folder):
         self.core = make_core(folder, Clock())
-        server.add_network(self.core, "default", {"range": "10.20.0.0/16"})
+        netmaker_core.add_network(self.core, "default", {"range": "10.20.0.0/16"})
         one, two, *_ = (join(self.core, name) for name in "abcd")
-        server.create_egress(self.core, one, ["172.16.0.0/24"])
-        server.add_client(self.core, server.create_ingress(self.core, one), {})
-        server.create_relay(self.core, two, ["c"])
-        self.members = server.Members(self.core.store)
+        netmaker_core.create_egress(self.core, one, ["172.16.0.0/24"])
+        netmaker_core.add_client(self.core, netmaker_core.create_ingress(self.core, one), {})
+        netmaker_core.create_relay(self.core, two, ["c"])
+        self.members = netmaker_core.Members(self.core.store)
 
     def change(self, what, one, two):
-        core, rows = self.core, server.nodes(self.core, "default")
+        core, rows = self.core, netmaker_core.nodes(self.core, "default")
         if what == "join" or not rows:
             return join(core, "n")
         node, other = rows[one % len(rows)], rows[two % len(rows)]
         gateways = [row for row in rows if row["ingress"]] or rows
         roles = [(row, role) for row in rows for role in ("egress", "ingress", "relay") if row[role]] or [(node, "relay")]
-        found = server.clients(core, "default")
+        found = netmaker_core.clients(core, "default")
         client = found[one % len(found)] if found else None
         if what == "range":
-            return server.set_network(core, "default", {"range": "10.%d.0.0/16" % (20 + one % 3)})
+            return netmaker_core.set_network(core, "default", {"range": "10.%d.0.0/16" % (20 + one % 3)})
         if what in ("client", "dropclient", "disableclient") and not client and what != "client":
             return None
         actions = {
-            "egress": lambda: server.create_egress(core, node, ["172.16.%d.0/%d" % (two, 22 + two % 4)]),
-            "extra": lambda: server.set_node(core, node, {"ips": "172.16.%d.0/24" % two}),
-            "ingress": lambda: server.create_ingress(core, node),
-            "relay": lambda: server.create_relay(core, node, [other["id"]]),
-            "client": lambda: server.add_client(core, gateways[one % len(gateways)], {}),
-            "dropclient": lambda: server.remove_client(core, client),
-            "disableclient": lambda: server.set_client(core, client, {"enabled": not client["enabled"]}),
-            "deny": lambda: server.set_denied(core, "default", node["id"], other["id"], True),
-            "allow": lambda: server.set_denied(core, "default", node["id"], other["id"], False),
-            "off": lambda: server.delete_role(core, *roles[one % len(roles)]),
-            "remove": lambda: server.remove_node(core, node),
-            "disable": lambda: server.disable(core, node),
-            "enable": lambda: server.enable(core, node),
+            "egress": lambda: netmaker_core.create_egress(core, node, ["172.16.%d.0/%d" % (two, 22 + two % 4)]),
+            "extra": lambda: netmaker_core.set_node(core, node, {"ips": "172.16.%d.0/24" % two}),
+            "ingress": lambda: netmaker_core.create_ingress(core, node),
+            "relay": lambda: netmaker_core.create_relay(core, node, [other["id"]]),
+            "client": lambda: netmaker_core.add_client(core, gateways[one % len(gateways)], {}),
+            "dropclient": lambda: netmaker_core.remove_client(core, client),
+            "disableclient": lambda: netmaker_core.set_client(core, client, {"enabled": not client["enabled"]}),
+            "deny": lambda: netmaker_core.set_denied(core, "default", node["id"], other["id"], True),
+            "allow": lambda: netmaker_core.set_denied(core, "default", node["id"], other["id"], False),
+            "off": lambda: netmaker_core.delete_role(core, *roles[one % len(roles)]),
+            "remove": lambda: netmaker_core.remove_node(core, node),
+            "disable": lambda: netmaker_core.disable(core, node),
+            "enable": lambda: netmaker_core.enable(core, node),
         }
         return actions[what]()
 
@@ -271,12 +271,12 @@ def test_no_address_belongs_to_two_and_what_is_known_from_deltas_is_the_truth(tm
     for change in changes:
         try:
             story.change(*change)
-        except (Invalid, server.ServerError):
+        except (Invalid, netmaker_core.ServerError):
             continue
-        assert server.check(core) == []
-        rows = [row for row in server.nodes(core, "default") if row["state"] == "active"]
+        assert netmaker_core.check(core) == []
+        rows = [row for row in netmaker_core.nodes(core, "default") if row["state"] == "active"]
         told = {row["id"]: heard(core, row["id"], members) for row in rows}
-        fresh = server.Members(core.store)  # another process, with nothing in memory
+        fresh = netmaker_core.Members(core.store)  # another process, with nothing in memory
         assert told == {row["id"]: heard(core, row["id"], fresh) for row in rows}
         if rows:
             check_ways(rows, told)

@@ -27,6 +27,7 @@ from mesh import SERVER_URL, Mesh
 from serverkit import Server
 
 import netclient_lite as agent
+import netmaker_core
 import netmaker_lite as server
 
 BUSYBOX = shutil.which("busybox") or ""
@@ -104,7 +105,7 @@ class Machine:
             if found:
                 (self.bin / tool).symlink_to(found)
         self.script = folder / "install.sh"
-        self.write_script(server.install_script(TEMPLATE, AGENT))
+        self.write_script(netmaker_core.install_script(TEMPLATE, AGENT))
         self.release = folder / "openwrt_release"
 
     def write_script(self, text: str) -> None:
@@ -425,7 +426,7 @@ def test_a_script_cut_off_anywhere_runs_nothing(tmp_path: Path, shell: str) -> N
 
 def install_line_of(home: Server, url: str) -> str:
     script = home.get("/meshclient/files/install.sh")[2]
-    return server.install_line(url, TOKEN, hashlib.sha256(script).hexdigest())
+    return netmaker_core.install_line(url, TOKEN, hashlib.sha256(script).hexdigest())
 
 
 @pytest.mark.parametrize("tool", ["uclient-fetch", "curl", "wget"])
@@ -456,15 +457,15 @@ def test_the_line_refuses_every_other_script(machine: Machine, home: Server) -> 
 
 def test_the_line_is_short_enough_for_a_router_and_quotes_what_it_holds(home: Server) -> None:
     """OpenWrt builds BusyBox with FEATURE_EDITING_MAX_LEN 512: what goes beyond is dropped while it is typed or pasted."""
-    made = server.view_key(server.add_key(home.core, "default"))
+    made = server.view_key(netmaker_core.add_key(home.core, "default"))
     assert max(map(len, made["install"].splitlines())) < 511
     assert made["install"].startswith("KEY=%s sh -c '\n" % made["accessstring"])
     script = home.get("/meshclient/files/install.sh")[2]
     assert hashlib.sha256(script).hexdigest() in made["install"]
-    long = server.install_line("https://mesh-server.example.org:8443/mesh", TOKEN, "0" * 64)
+    long = netmaker_core.install_line("https://mesh-server.example.org:8443/mesh", TOKEN, "0" * 64)
     assert max(map(len, long.splitlines())) < 511
     assert long.count("--no-check-certificate") == 2  # the hash proves it
-    odd = server.install_line("http://[2001:db8::1]:8081/it's;a", TOKEN, "0" * 64)
+    odd = netmaker_core.install_line("http://[2001:db8::1]:8081/it's;a", TOKEN, "0" * 64)
     assert odd.endswith(" 'http://[2001:db8::1]:8081/it'\\''s;a'")
 
 
@@ -505,7 +506,7 @@ def test_the_script_that_is_served_knows_the_agent_that_is_served(home: Server) 
     script, source = (home.get("/meshclient/files/" + name)[2] for name in ("install.sh", "netclient_lite.py"))
     assert source == AGENT
     assert b"\nAGENT_SHA256=%s\n" % hashlib.sha256(source).hexdigest().encode() in script
-    assert script.decode() == server.install_script(TEMPLATE, AGENT)
+    assert script.decode() == netmaker_core.install_script(TEMPLATE, AGENT)
     assert len([1 for a, b in zip(TEMPLATE.splitlines(), script.decode().splitlines()) if a != b]) == 1
 
 
@@ -527,7 +528,7 @@ def test_without_the_script_keys_come_without_the_line(
     alone.write_bytes(AGENT)
     monkeypatch.setattr(agent, "__file__", str(alone))
     for _ in range(2):
-        made = server.view_key(server.add_key(home.core, "default"))
+        made = server.view_key(netmaker_core.add_key(home.core, "default"))
         assert made["install"] == "" and made["join"]
     assert [record.message for record in caplog.records].count(caplog.records[-1].message) == 1
     assert "install.sh is not installed with this server" in caplog.text
@@ -544,10 +545,10 @@ def test_a_wheel_finds_the_script_where_it_lays_it(tmp_path: Path, monkeypatch: 
         path.parent.mkdir(parents=True)
         path.write_bytes(data)
     monkeypatch.setattr(agent, "__file__", str(module))
-    assert hashlib.sha256(b"#!agent 1\n").hexdigest() in server.client_files()["install.sh"].decode()
+    assert hashlib.sha256(b"#!agent 1\n").hexdigest() in netmaker_core.client_files()["install.sh"].decode()
     module.write_bytes(b"#!agent 2\n")  # updated under a running server
     os.utime(module, ns=(1, 1))
-    assert hashlib.sha256(b"#!agent 2\n").hexdigest() in server.client_files()["install.sh"].decode()
+    assert hashlib.sha256(b"#!agent 2\n").hexdigest() in netmaker_core.client_files()["install.sh"].decode()
 
 
 # -- on real WireGuard -----------------------------------------------------------------------------------------------------

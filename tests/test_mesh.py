@@ -10,10 +10,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from serverkit import Clock, make_core, wireguard_key
 
+import netmaker_core
 import netmaker_lite as server
 
-NETWORK = server.NetworkState("default", "10.20.30.0/24", "", 1, "0" * 8, 1, 51821, 20, 1280, "nm-default", None, True, False)
-NODE = server.NodeState(
+NETWORK = netmaker_core.NetworkState(
+    "default", "10.20.30.0/24", "", 1, "0" * 8, 1, 51821, 20, 1280, "nm-default", None, True, False
+)
+NODE = netmaker_core.NodeState(
     id="0123456789abcdef", network="default", auth="a", look="l", state="active", name="router-1",
     key="A" * 43 + "=", ip="10.20.30.2", ip6="", ips="", static="", port=51821, source="203.0.113.7",
     public="203.0.113.7", at="", at_changed=0, local="192.168.1.10", lan="9f31c2aa", keepalive=None,
@@ -23,7 +26,7 @@ NODE = server.NodeState(
 
 
 def shown(node=NODE, network=NETWORK):
-    return json.loads(server.record(node, network))
+    return json.loads(netmaker_core.record(node, network))
 
 
 def test_a_record_leaves_out_what_is_empty():
@@ -58,11 +61,11 @@ def test_without_hole_punching_no_observed_endpoint(off):
 
 
 def test_own_settings_show_what_is_unusual():
-    usual = server.own_settings(NODE, NETWORK)
+    usual = netmaker_core.own_settings(NODE, NETWORK)
     assert (usual["keepalive"], usual["mtu"]) == (20, 1280)
     assert not {"dns", "forwarding", "punch", "local"} & usual.keys()
     node = NODE._replace(dns=False, forwarding=False, punch=False, is_local=True, keepalive=0, mtu=1400)
-    found = server.own_settings(node, NETWORK)
+    found = netmaker_core.own_settings(node, NETWORK)
     assert [found[name] for name in ("dns", "forwarding", "punch", "local")] == [False, False, False, True]
     assert (found["keepalive"], found["mtu"]) == (0, 1400)
 
@@ -74,8 +77,8 @@ AT = "203.0.113.7:40007"
 
 
 def observed(*reports, node=NODE, recorded=""):
-    reports = [server.Report(*report) for report in reports]
-    return server.observed_endpoint(node, reports, OVERLAYS, recorded)
+    reports = [netmaker_core.Report(*report) for report in reports]
+    return netmaker_core.observed_endpoint(node, reports, OVERLAYS, recorded)
 
 
 def test_one_observer_is_enough():
@@ -131,14 +134,14 @@ def test_whatever_is_given_out_is_public_and_of_the_seen_address(reports, record
 
 
 def test_ports_behind_one_address():
-    assert server.free_port(51821, []) == 51821
-    assert server.free_port(51821, [51821, 51822]) == 51823
-    assert server.free_port(65535, [65535]) == 1024
+    assert netmaker_core.free_port(51821, []) == 51821
+    assert netmaker_core.free_port(51821, [51821, 51822]) == 51823
+    assert netmaker_core.free_port(65535, [65535]) == 1024
 
 
 @pytest.mark.parametrize("word", ["-", "", "x.y", "-1.aa", "1" * 30 + ".a", "1"])
 def test_words_that_are_none(word):
-    counter, tag = server.parse_word(word)
+    counter, tag = netmaker_core.parse_word(word)
     assert counter == -1 or tag == ""
 
 
@@ -150,41 +153,41 @@ class World:
 
     def __init__(self, folder):
         self.core = make_core(folder, Clock())
-        server.add_network(self.core, "default", {"range": "10.20.0.0/16", "manual": True})
-        self.members = server.Members(self.core.store)
+        netmaker_core.add_network(self.core, "default", {"range": "10.20.0.0/16", "manual": True})
+        self.members = netmaker_core.Members(self.core.store)
         self.count = 0
         self.viewer = self.join()
 
     def join(self, access_key="k"):
         self.count += 1
         if access_key and not self.core.store.row("SELECT 1 FROM access_key"):
-            key = server.add_key(self.core, "default", uses=None)
+            key = netmaker_core.add_key(self.core, "default", uses=None)
             self.key_id = key["id"]
         values = {"key": wireguard_key(), "port": 51821, "name": "n%d" % self.count}
-        who = server.Joining(
+        who = netmaker_core.Joining(
             "default", "auth%d" % self.count, self.key_id if access_key else "", "198.51.100.%d" % self.count,
             "198.51.100.%d" % self.count, values,
         )  # fmt: skip
-        return server.join(self.core, who)
+        return netmaker_core.join(self.core, who)
 
     def change(self, what, choice):
-        nodes = [node for node in server.nodes(self.core, "default") if node["id"] != self.viewer["id"]]
+        nodes = [node for node in netmaker_core.nodes(self.core, "default") if node["id"] != self.viewer["id"]]
         if what == "join" or not nodes:
             return self.join()
         if what == "signup":
             return self.join("")
         if what == "mtu":
-            return server.set_network(self.core, "default", {"mtu": 1280 + choice})
+            return netmaker_core.set_network(self.core, "default", {"mtu": 1280 + choice})
         node = nodes[choice % len(nodes)]
         if what == "edit":
-            return server.set_node(self.core, node, {"port": 20000 + choice})
+            return netmaker_core.set_node(self.core, node, {"port": 20000 + choice})
         actions = {
-            "approve": server.approve, "reject": server.reject, "remove": server.remove_node,
-            "disable": server.disable, "enable": server.enable,
+            "approve": netmaker_core.approve, "reject": netmaker_core.reject, "remove": netmaker_core.remove_node,
+            "disable": netmaker_core.disable, "enable": netmaker_core.enable,
         }  # fmt: skip
         try:
             return actions[what](self.core, node)
-        except server.Clash:
+        except netmaker_core.Clash:
             return None
 
     def snapshot(self):
@@ -219,7 +222,7 @@ EMPTY = {"word": "-", "peers": {}, "me": None}
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(story=st.lists(CHANGES, min_size=1, max_size=25))
 def test_snapshot_and_delta_make_the_later_snapshot(tmp_path_factory, monkeypatch, history, story):
-    monkeypatch.setattr(server, "HISTORY", history)
+    monkeypatch.setattr(netmaker_core, "HISTORY", history)
     world = World(str(tmp_path_factory.mktemp("world")))
     states = [applied(EMPTY, world.snapshot())]
     for what, choice in story:
@@ -228,11 +231,11 @@ def test_snapshot_and_delta_make_the_later_snapshot(tmp_path_factory, monkeypatc
         for earlier in [*states, EMPTY]:
             answer = world.hear(earlier["word"])
             assert applied(earlier, answer) == now
-        fresh = server.Members(world.core.store)  # another process, with nothing in memory
+        fresh = netmaker_core.Members(world.core.store)  # another process, with nothing in memory
         member = fresh.node(world.viewer["id"])
         assert applied(EMPTY, json.loads(fresh.answer(member, "-"))) == now
         states.append(now)
-    assert server.check(world.core) == []
+    assert netmaker_core.check(world.core) == []
     world.core.store.close()
 
 
@@ -240,7 +243,7 @@ def test_a_delta_of_one_peer_is_small(tmp_path):
     world = World(str(tmp_path))
     before = world.snapshot()["word"]
     node = world.join()
-    server.set_node(world.core, node, {"local": "192.168.1.10", "lan": "9f31c2aa", "name": "router-1"})
+    netmaker_core.set_node(world.core, node, {"local": "192.168.1.10", "lan": "9f31c2aa", "name": "router-1"})
     member = world.members.node(world.viewer["id"])
     world.members.prove(member.mesh)
     blob = world.members.answer(member, before)

@@ -13,30 +13,30 @@ from meshkit import heard, join
 from restkit import make_user
 from serverkit import Client, Clock, Server, clients, make_core, settle
 
-import netmaker_lite as server
+import netmaker_core
 from netclient_lite import Invalid
 
 
 @pytest.fixture
 def core(tmp_path):
     made = make_core(str(tmp_path), Clock())
-    server.add_network(made, "default", {"range": "10.20.30.0/24"})
+    netmaker_core.add_network(made, "default", {"range": "10.20.30.0/24"})
     yield made
-    assert server.check(made) == []
+    assert netmaker_core.check(made) == []
     made.store.close()
 
 
 def add(core, name, ip="192.0.2.7", ip6=""):
-    return server.set_name(core, "default", "", {"name": name, "ip": ip, "ip6": ip6})
+    return netmaker_core.set_name(core, "default", "", {"name": name, "ip": ip, "ip6": ip6})
 
 
 def shown(core, network="default"):
-    return {row["name"]: (row["ip"], row["ip6"], row["kind"]) for row in server.names(core, network)}
+    return {row["name"]: (row["ip"], row["ip6"], row["kind"]) for row in netmaker_core.names(core, network)}
 
 
 @pytest.mark.parametrize("name", ["printer", "a.b.c", "x", "3com", "a-b", "a" * 63 + ".b", "xn--bcher-kva"])
 def test_host_names(name):
-    assert server.check_host_name(name.upper()) == name
+    assert netmaker_core.check_host_name(name.upper()) == name
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_host_names(name):
 )
 def test_what_is_no_host_name(name):
     with pytest.raises(Invalid, match="no host name"):
-        server.check_host_name(name)
+        netmaker_core.check_host_name(name)
 
 
 LABEL = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,20}[a-z0-9])?", fullmatch=True)
@@ -71,13 +71,13 @@ LABEL = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,20}[a-z0-9])?", fullmatch=True)
 
 @given(st.lists(LABEL, min_size=1, max_size=5))
 def test_every_row_of_labels_is_one(labels):
-    assert server.check_host_name(".".join(labels)) == ".".join(labels)
+    assert netmaker_core.check_host_name(".".join(labels)) == ".".join(labels)
 
 
 @given(st.text("ab-._ \n1", max_size=12))
 def test_what_passes_is_safe_in_a_file(text):
     try:
-        name = server.check_host_name(text)
+        name = netmaker_core.check_host_name(text)
     except Invalid:
         return
     assert all(label and label.strip("-") == label and set(label) <= set("ab1-") for label in name.split("."))
@@ -85,55 +85,57 @@ def test_what_passes_is_safe_in_a_file(text):
 
 def test_entries_come_change_and_go(core):
     assert add(core, "printer") == {"name": "printer", "ip": "192.0.2.7", "ip6": "", "network": "default"}
-    assert server.set_name(core, "default", "printer", {"ip6": "fd00::7"})["ip"] == "192.0.2.7"
-    server.set_name(core, "default", "printer", {"name": "scanner"})
+    assert netmaker_core.set_name(core, "default", "printer", {"ip6": "fd00::7"})["ip"] == "192.0.2.7"
+    netmaker_core.set_name(core, "default", "printer", {"name": "scanner"})
     assert shown(core) == {"scanner": ("192.0.2.7", "fd00::7", "custom")}
-    server.set_name(core, "default", "scanner", {"name": "scanner", "ip": "192.0.2.8"})
-    server.set_name(core, "default", "SCANNER", None)
+    netmaker_core.set_name(core, "default", "scanner", {"name": "scanner", "ip": "192.0.2.8"})
+    netmaker_core.set_name(core, "default", "SCANNER", None)
     assert shown(core) == {}
-    with pytest.raises(server.Missing, match="dns list default"):
-        server.set_name(core, "default", "scanner", None)
+    with pytest.raises(netmaker_core.Missing, match="dns list default"):
+        netmaker_core.set_name(core, "default", "scanner", None)
     for values in ({"name": "x"}, {"ip": "192.0.2.1"}, {"name": "x", "ip": ""}):
         with pytest.raises(Invalid, match="a name and an address"):
-            server.set_name(core, "default", "", values)
+            netmaker_core.set_name(core, "default", "", values)
 
 
 def test_a_name_means_one_thing(core):
-    gateway = server.create_ingress(core, join(core, "gw"))
-    server.add_client(core, gateway, {"name": "phone"})
+    gateway = netmaker_core.create_ingress(core, join(core, "gw"))
+    netmaker_core.add_client(core, gateway, {"name": "phone"})
     add(core, "printer")
     for name in ("gw", "phone", "printer"):
-        with pytest.raises(server.Clash, match="taken"):
+        with pytest.raises(netmaker_core.Clash, match="taken"):
             add(core, name)
     assert join(core, "printer")["name"] == "printer-2"
-    with pytest.raises(server.Clash, match="taken"):
-        server.set_node(core, gateway, {"name": "printer"})
-    with pytest.raises(server.Clash, match="taken"):
-        server.set_name(core, "default", "printer", {"name": "gw"})
-    server.add_network(core, "other", {"range": "10.77.0.0/24"})
-    server.set_name(core, "other", "", {"name": "printer", "ip": "192.0.2.7"})
+    with pytest.raises(netmaker_core.Clash, match="taken"):
+        netmaker_core.set_node(core, gateway, {"name": "printer"})
+    with pytest.raises(netmaker_core.Clash, match="taken"):
+        netmaker_core.set_name(core, "default", "printer", {"name": "gw"})
+    netmaker_core.add_network(core, "other", {"range": "10.77.0.0/24"})
+    netmaker_core.set_name(core, "other", "", {"name": "printer", "ip": "192.0.2.7"})
 
 
 def test_only_what_is_there_has_a_name(core):
-    server.set_network(core, "default", {"manual": True})
-    node, gateway = join(core, "node"), server.create_ingress(core, join(core, "gw"))
-    server.join(core, server.Joining("default", "p", "", "198.51.100.9", "", {"key": "k", "port": 1, "name": "waits"}))
-    client = server.add_client(core, gateway, {"name": "phone"})
+    netmaker_core.set_network(core, "default", {"manual": True})
+    node, gateway = join(core, "node"), netmaker_core.create_ingress(core, join(core, "gw"))
+    netmaker_core.join(
+        core, netmaker_core.Joining("default", "p", "", "198.51.100.9", "", {"key": "k", "port": 1, "name": "waits"})
+    )
+    client = netmaker_core.add_client(core, gateway, {"name": "phone"})
     assert shown(core) == {
         "node": (node["ip"], "", "node"), "gw": (gateway["ip"], "", "node"), "phone": (client["ip"], "", "client"),
     }  # fmt: skip
-    server.disable(core, node)
-    server.set_client(core, client, {"enabled": False})
+    netmaker_core.disable(core, node)
+    netmaker_core.set_client(core, client, {"enabled": False})
     assert set(shown(core)) == {"gw"}
 
 
 def test_a_range_change_keeps_entries(core):
     node = join(core, "node")
     add(core, "printer")
-    server.set_network(core, "default", {"range": "10.99.0.0/24"})
+    netmaker_core.set_network(core, "default", {"range": "10.99.0.0/24"})
     assert shown(core) == {"node": ("10.99.0.1", "", "node"), "printer": ("192.0.2.7", "", "custom")}
-    server.remove_node(core, node)
-    server.remove_network(core, "default")
+    netmaker_core.remove_node(core, node)
+    netmaker_core.remove_network(core, "default")
     assert core.store.rows("SELECT * FROM dns") == []
 
 
@@ -144,23 +146,23 @@ def test_agents_hear_the_names_that_no_node_has(home):
     one, two = clients(home, 2, home.key())
     settle((one, two))
     assert "names" not in one.exchange().get("me", {})
-    server.set_name(home.core, "default", "", {"name": "printer", "ip": "192.0.2.7", "ip6": "fd00::7"})
-    gateway = server.create_ingress(home.core, home.node(one))
-    made = server.add_client(home.core, gateway, {"name": "phone"})
+    netmaker_core.set_name(home.core, "default", "", {"name": "printer", "ip": "192.0.2.7", "ip6": "fd00::7"})
+    gateway = netmaker_core.create_ingress(home.core, home.node(one))
+    made = netmaker_core.add_client(home.core, gateway, {"name": "phone"})
     assert two.exchange()["names"] == {"phone": [made["ip"]], "printer": ["192.0.2.7", "fd00::7"]}
-    server.set_node(home.core, home.node(one), {"mtu": 1400})
+    netmaker_core.set_node(home.core, home.node(one), {"mtu": 1400})
     assert "names" not in two.exchange().value  # nothing new in them
-    server.set_client(home.core, made, {"enabled": False})
+    netmaker_core.set_client(home.core, made, {"enabled": False})
     assert two.exchange()["names"] == {"printer": ["192.0.2.7", "fd00::7"]}
-    server.set_name(home.core, "default", "printer", None)
+    netmaker_core.set_name(home.core, "default", "printer", None)
     assert two.exchange()["names"] == {}
     two.have = "-"
     assert two.exchange()["names"] == {}
 
 
 def test_a_waiting_node_hears_no_names(home):
-    server.set_network(home.core, "default", {"manual": True})
-    server.set_name(home.core, "default", "", {"name": "printer", "ip": "192.0.2.7"})
+    netmaker_core.set_network(home.core, "default", {"manual": True})
+    netmaker_core.set_name(home.core, "default", "", {"name": "printer", "ip": "192.0.2.7"})
     waits = Client(home)
     waits.join()
     assert "names" not in waits.exchange().value
@@ -170,15 +172,15 @@ def test_agents_hear_of_the_nameserver(tmp_path, clock):
     for address in ("", "10.20.30.1", "10.20.30.2"):
         core = make_core(str(tmp_path), clock, COREDNS_ADDR=address)
         if not address:
-            server.add_network(core, "default", {"range": "10.20.30.0/24"})
+            netmaker_core.add_network(core, "default", {"range": "10.20.30.0/24"})
             node = join(core, "node")
         before = core.store.word("default")
-        members = server.Members(core.store, server.tell_nameserver(core))
+        members = netmaker_core.Members(core.store, netmaker_core.tell_nameserver(core))
         assert (core.store.word("default") != before) == bool(address)
         assert heard(core, node["id"], members)["me"].get("nameserver", "") == address
         core.store.close()
     core = make_core(str(tmp_path), clock, COREDNS_ADDR="10.20.30.2", DNS_MODE="off")
-    assert server.tell_nameserver(core) == ""
+    assert netmaker_core.tell_nameserver(core) == ""
     core.store.close()
 
 
@@ -188,7 +190,7 @@ def test_agents_hear_of_the_nameserver(tmp_path, clock):
 def test_the_files_for_coredns(core):
     node = join(core, "node")
     add(core, "printer", "192.0.2.7", "fd00::7")
-    server.write_names(core)
+    netmaker_core.write_names(core)
     folder = os.path.join(core.settings.data, "dnsconfig")
     with open(os.path.join(folder, "netmaker.hosts")) as stream:
         text = stream.read()
@@ -199,8 +201,8 @@ def test_the_files_for_coredns(core):
     assert corefile.count("{") == corefile.count("}")
     before = {name: os.stat(os.path.join(folder, name)) for name in os.listdir(folder)}
     assert {stat.S_IMODE(each.st_mode) for each in before.values()} == {0o644} and len(before) == 2
-    server.set_network(core, "default", {"mtu": 1400})
-    server.write_names(core)
+    netmaker_core.set_network(core, "default", {"mtu": 1400})
+    netmaker_core.write_names(core)
     after = {name: os.stat(os.path.join(folder, name)) for name in os.listdir(folder)}
     assert {name: (each.st_ino, each.st_mtime_ns) for name, each in before.items()} == {
         name: (each.st_ino, each.st_mtime_ns) for name, each in after.items()
@@ -208,15 +210,15 @@ def test_the_files_for_coredns(core):
 
 
 def test_no_network_is_no_zone():
-    assert server.corefile([]).startswith(". {") and server.corefile(["a", "b"]).startswith("a b {")
+    assert netmaker_core.corefile([]).startswith(". {") and netmaker_core.corefile(["a", "b"]).startswith("a b {")
 
 
 def test_housekeeping_writes_after_changes_only(home, monkeypatch):
     written = []
-    monkeypatch.setattr(server, "write_names", lambda core: written.append(server.names(core)))
+    monkeypatch.setattr(server, "write_names", lambda core: written.append(netmaker_core.names(core)))
     home.keeper.push_names()
     home.keeper.push_names()
-    server.set_name(home.core, "default", "", {"name": "printer", "ip": "192.0.2.7"})
+    netmaker_core.set_name(home.core, "default", "", {"name": "printer", "ip": "192.0.2.7"})
     home.keeper.push_names()
     assert [len(each) for each in written] == [0, 1]
 

@@ -38,7 +38,7 @@ from kernel import Kernel, RefusedByKernel, key_like
 from lab import unfit
 
 import netclient_lite as agent
-import netmaker_lite as server
+import netmaker_core
 from netclient_lite import (
     Desired,
     LivePeer,
@@ -1010,7 +1010,9 @@ def test_two_machines_of_one_name_check_in_after_a_reboot(tmp_path, home):
 
 def test_what_the_administrator_changed_outlives_a_reboot(tmp_path, home):
     machine = Machine(tmp_path, home, home.key(), name="nas", keepalive=25)
-    server.set_node(home.core, server.need_node(home.core, "default", machine.node.secret.node), {"name": "archive"})
+    netmaker_core.set_node(
+        home.core, netmaker_core.need_node(home.core, "default", machine.node.secret.node), {"name": "archive"}
+    )
     machine.checkin()
     assert machine.name == "archive"
     machine.reboot()

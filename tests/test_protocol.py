@@ -16,6 +16,7 @@ from make_vectors import vectors
 from serverkit import Client, Server, clients, settle, wireguard_key
 
 import netclient_lite as agent
+import netmaker_core
 import netmaker_lite as server
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +49,7 @@ def test_the_first_request_asks_nothing_and_proves_the_server(home):
     said = client.opened(line, *home.post(agent.JOIN_PATH, line, b"", client.source)[1:])
     assert said.status == 409 and said["incarnation"] == home.core.store.incarnation
     assert said.answer.address == client.source
-    assert server.nodes(home.core, "default") == []
+    assert netmaker_core.nodes(home.core, "default") == []
 
 
 def test_a_retry_before_the_first_exchange_is_the_same_node(home):
@@ -66,13 +67,13 @@ def test_a_captured_join_makes_no_ghost(home):
     captured = client.sent
     client.exchange()
     assert replayed(client, captured) == 409  # in use
-    server.remove_node(home.core, home.node(client))
+    netmaker_core.remove_node(home.core, home.node(client))
     assert replayed(client, captured) == 403  # removed
     assert client.exchange({"confirm": True}).status == 410
     assert replayed(client, captured) == 403  # forgotten
-    server.remove_key(home.core, "default", server.access_keys(home.core, "default")[0]["name"])
+    netmaker_core.remove_key(home.core, "default", netmaker_core.access_keys(home.core, "default")[0]["name"])
     assert replayed(client, captured) == 403  # the key is gone
-    assert server.nodes(home.core, "default") == []
+    assert netmaker_core.nodes(home.core, "default") == []
 
 
 def replayed(client, captured):
@@ -96,7 +97,7 @@ def test_a_join_altered_anywhere_is_refused(home, part):
     assert status in (400, 403, 404) and "nm-lite" not in headers
     status, headers, _ = home.post(agent.JOIN_PATH, line, body.replace(b"facts", b"fact2"), other.source)
     assert status == 403 and "nm-lite" not in headers
-    assert len(server.nodes(home.core, "default")) == 1
+    assert len(netmaker_core.nodes(home.core, "default")) == 1
 
 
 def flipped(text):
@@ -130,7 +131,7 @@ def test_joins_that_cannot_be_have_their_sentence(home, spoil, status, word):
         key = key.split(".")[0] + "." + spoil["secret"]
     said = client.try_join("" if "none" in spoil else spoil.get("key", key))
     assert said.status == status and word in said["error"]
-    assert server.nodes(home.core, "default") == []
+    assert netmaker_core.nodes(home.core, "default") == []
 
 
 def test_a_key_used_up_says_so(home):
@@ -223,7 +224,7 @@ def test_guessing_one_key_is_slowed_down_from_everywhere(home):
 
 
 def test_sign_up_approve_and_reject(home):
-    server.set_network(home.core, "default", {"manual": True})
+    netmaker_core.set_network(home.core, "default", {"manual": True})
     old = Client(home).join(home.key())
     one, two = Client(home, source="192.0.2.1").join(), Client(home, source="192.0.2.2").join()
     for node in (old, one, two):
@@ -231,8 +232,8 @@ def test_sign_up_approve_and_reject(home):
     said = one.exchange()
     assert said.status == 204 and one.peers == {} and one.me["ip"] == ""
     assert old.names() == {"node"}
-    server.approve(home.core, home.node(one))
-    server.reject(home.core, home.node(two))
+    netmaker_core.approve(home.core, home.node(one))
+    netmaker_core.reject(home.core, home.node(two))
     settle([old, one])
     assert one.names() == old.names() == {"node", one.name}
     assert one.me["ip"] == "10.20.30.2"
@@ -500,7 +501,7 @@ def test_a_clone_is_refused_and_a_move_is_not(home):
 
 def test_a_removed_node_is_told_until_it_confirms(home):
     client, other = exchange_of(home)
-    server.remove_node(home.core, home.node(client))
+    netmaker_core.remove_node(home.core, home.node(client))
     for _ in range(2):
         said = client.exchange()
         assert said.status == 410 and said["state"] == "removed" and said["message"]
@@ -513,7 +514,7 @@ def test_a_removed_node_is_told_until_it_confirms(home):
     assert status == 404 and "nm-lite" not in headers
     who = "%s@%s@%s" % (client.node, agent.b64(client.public), client.network)
     assert client.send(client.line(who=who), b"").status == 404
-    assert server.check(home.core) == []
+    assert netmaker_core.check(home.core) == []
 
 
 def test_leaving(home):
@@ -523,18 +524,18 @@ def test_leaving(home):
     other.exchange()
     assert other.names() == {"node-2"}
     home.core.clock.now += 86401
-    server.sweep(home.core)
+    netmaker_core.sweep(home.core)
     assert home.core.store.rows("SELECT COUNT(*) FROM node") == [(1,)]
 
 
 def test_a_disabled_node_has_no_peers_and_comes_back(home):
     client, other = exchange_of(home)
-    server.disable(home.core, home.node(client))
+    netmaker_core.disable(home.core, home.node(client))
     said = client.exchange()
     assert said["state"] == "disabled" and client.peers == {}
     other.exchange()
     assert other.names() == {"node-2"}
-    server.enable(home.core, home.node(client))
+    netmaker_core.enable(home.core, home.node(client))
     settle([client, other])
     assert client.names() == other.names() == {"node", "node-2"}
 
@@ -542,8 +543,8 @@ def test_a_disabled_node_has_no_peers_and_comes_back(home):
 def test_a_removed_network_is_unknown(home):
     client, other = exchange_of(home)
     for node in (client, other):
-        server.remove_node(home.core, home.node(node))
-    server.remove_network(home.core, "default")
+        netmaker_core.remove_node(home.core, home.node(node))
+    netmaker_core.remove_network(home.core, "default")
     client.sequence += 1
     line = client.line()
     assert home.post(agent.EXCHANGE_PATH, line, b"", client.source)[0] == 404
@@ -560,7 +561,7 @@ def test_looks(home):
     assert home.get(agent.LOOK_PATH + "AAAAAAAAAAAAAAAAAAAAAA?have=-")[2] == b"!"
     other.exchange({"facts": {"local": "192.168.1.2"}})
     assert client.looked() not in (client.have, "!")
-    server.remove_node(home.core, home.node(client))
+    netmaker_core.remove_node(home.core, home.node(client))
     assert client.looked() == "!"
 
 
@@ -616,7 +617,7 @@ def test_a_long_poll_of_a_node_that_is_removed(home):
     client.exchange()
     thread, found = polled(client)
     parked(home)
-    server.remove_node(home.core, home.node(client))
+    netmaker_core.remove_node(home.core, home.node(client))
     thread.join(10)
     assert found[0][0] == "!"
 

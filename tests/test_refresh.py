@@ -19,7 +19,7 @@ from mesh import Cron, Member, Mesh
 from serverkit import Client, Clock, Server, clients, settle, wireguard_key
 
 import netclient_lite as agent
-import netmaker_lite as server
+import netmaker_core
 
 UNFIT = unfit("wg")
 MARKS = (pytest.mark.lab, pytest.mark.skipif(bool(UNFIT), reason=UNFIT), pytest.mark.timeout(600))
@@ -31,7 +31,7 @@ CRASH = str(Path(__file__).resolve().parent / "crash.py")
 ORDER = f"""
 import sys
 import netmaker_lite as server
-core = server.open_core(server.Settings({{}}, {{"NETMAKER_DATA": "{DATA}"}}))
+core = netmaker_core.open_core(netmaker_core.Settings({{}}, {{"NETMAKER_DATA": "{DATA}"}}))
 """
 
 
@@ -55,17 +55,17 @@ class Refresh:
 
     def order(self, name: str = "") -> None:
         if name:
-            self.do(f"server.refresh_key(core, server.need_node(core, 'demo', '{name}'))")
+            self.do(f"netmaker_core.refresh_key(core, netmaker_core.need_node(core, 'demo', '{name}'))")
         else:
-            self.do("server.refresh_keys(core, 'demo')")
+            self.do("netmaker_core.refresh_keys(core, 'demo')")
 
     def states(self) -> dict[str, str]:
-        told = self.do("import json; print(json.dumps({n['name']: n['refresh'] for n in server.nodes(core, 'demo')}))")
+        told = self.do("import json; print(json.dumps({n['name']: n['refresh'] for n in netmaker_core.nodes(core, 'demo')}))")
         states: dict[str, str] = json.loads(told)
         return states
 
     def keys(self) -> dict[str, str]:
-        told = self.do("import json; print(json.dumps({n['name']: n['key'] for n in server.nodes(core, 'demo')}))")
+        told = self.do("import json; print(json.dumps({n['name']: n['key'] for n in netmaker_core.nodes(core, 'demo')}))")
         keys: dict[str, str] = json.loads(told)
         return keys
 
@@ -269,7 +269,7 @@ class Two:
         self.home, self.clock = home, clock
         self.a, self.b = clients(home, 2, home.key())
         settle((self.a, self.b))
-        server.refresh_keys(home.core, "default")
+        netmaker_core.refresh_keys(home.core, "default")
         self.new = wireguard_key()
 
     def state(self, client: Client) -> str:
@@ -377,14 +377,14 @@ def test_an_announced_switch_outlives_the_server(two: Two) -> None:
         again.stop()
 
 
-@pytest.mark.parametrize("how", [server.disable, server.remove_node])
-def test_a_node_that_goes_lets_the_next_have_its_turn(two: Two, how: Callable[..., server.Row]) -> None:
+@pytest.mark.parametrize("how", [netmaker_core.disable, netmaker_core.remove_node])
+def test_a_node_that_goes_lets_the_next_have_its_turn(two: Two, how: Callable[..., netmaker_core.Row]) -> None:
     two.listed()
     how(two.home.core, two.home.node(two.a))
     two.home.agents.refresh_due()
     assert two.state(two.b) == "asked"
-    if how is server.disable:
-        row = server.enable(two.home.core, two.home.node(two.a))
+    if how is netmaker_core.disable:
+        row = netmaker_core.enable(two.home.core, two.home.node(two.a))
         assert (row["refresh"], row["next_key"]) == ("", "")
 
 
@@ -400,11 +400,11 @@ def test_nodes_whose_key_is_their_users_are_left_out(home: Server) -> None:
     given, made = clients(home, 2, home.key())
     given.exchange({"facts": {"keyed": True}})
     made.exchange()
-    server.refresh_keys(home.core, "default")
+    netmaker_core.refresh_keys(home.core, "default")
     assert [home.node(client)["refresh"] for client in (given, made)] == ["", "asked"]
-    with pytest.raises(server.Clash, match="given by its user"):
-        server.refresh_key(home.core, home.node(given))
-    assert server.refresh_key(home.core, home.node(made))["refresh"] == "asked"
+    with pytest.raises(netmaker_core.Clash, match="given by its user"):
+        netmaker_core.refresh_key(home.core, home.node(given))
+    assert netmaker_core.refresh_key(home.core, home.node(made))["refresh"] == "asked"
 
 
 def test_nobody_takes_a_key_that_another_has_or_will_have(two: Two) -> None:

@@ -19,6 +19,7 @@ from restkit import MASTER, PASSWORD, Rest, Said, World, body_of, path_of
 from serverkit import Client, Clock, Server
 
 import netclient_lite as agent
+import netmaker_core
 import netmaker_lite as server
 
 REPO = Path(server.__file__).parent
@@ -146,8 +147,8 @@ def test_secrets_stay_where_they_belong(
             look(label + ", decoded", base64.urlsafe_b64decode(token[: len(token) // 4 * 4]), secret)
     look("the log", log, {**everything, **hashes, **capabilities})
     home.core.store.copy(str(tmp_path / "data" / "copy"))
-    server.backup(home.core, str(tmp_path / "backup"), False)
-    server.backup(home.core, str(tmp_path / "backup-with-key"), True)
+    netmaker_core.backup(home.core, str(tmp_path / "backup"), False)
+    netmaker_core.backup(home.core, str(tmp_path / "backup-with-key"), True)
     checked = set()
     for name, content in every_file(tmp_path):
         checked.add(name)

@@ -19,6 +19,7 @@ import pytest
 from serverkit import Client
 
 import netmaker_admin as admin
+import netmaker_core
 import netmaker_lite as server
 from netclient_lite import parse_token
 
@@ -189,7 +190,7 @@ def test_settings_that_cannot_be(run, environment, sentence):
 def test_settings_come_from_flag_environment_file_default(tmp_path):
     (tmp_path / "netmaker.env").write_text("# mine\nAPI_PORT=1111\nexport SERVER_HOST='file'\nPOLL_LIMIT=7\n")
     place = {"NETMAKER_DATA": str(tmp_path)}
-    found = server.Settings({"API_PORT": "3333"}, {**place, "API_PORT": "2222", "SERVER_HOST": "environment"})
+    found = netmaker_core.Settings({"API_PORT": "3333"}, {**place, "API_PORT": "2222", "SERVER_HOST": "environment"})
     names = ("API_PORT", "SERVER_HOST", "POLL_LIMIT", "CHECKIN_INTERVAL")
     assert [found[name] for name in names] == [3333, "environment", 7, 15]
 
@@ -212,7 +213,7 @@ def test_backup_restore_check_version(run, done, tmp_path):
     assert [each["netid"] for each in done("network list")] == ["home"]
     assert done("check") == {"findings": []}
     assert done("version") == {"version": server.__version__}
-    core = server.open_core(server.Settings({}, {"NETMAKER_DATA": str(tmp_path / "data")}))
+    core = netmaker_core.open_core(netmaker_core.Settings({}, {"NETMAKER_DATA": str(tmp_path / "data")}))
     core.store.writer.execute_sql("UPDATE network SET members = 7")
     core.store.close()
     status, out, _ = run("check")
@@ -249,7 +250,7 @@ def test_flags_that_do_nothing_are_not_there(run):
     assert "--json" not in helps["serve"] and "--data" in helps["serve"] and "--new-key" in helps["serve"]
     assert "--data" not in helps["version"] and "--json" in helps["version"]
     assert "--data" in helps["check"] and "--json" in helps["check"]
-    assert all(each.name in helps["serve"] and each.help in helps["serve"] for each in server.SETTINGS)
+    assert all(each.name in helps["serve"] and each.help in helps["serve"] for each in netmaker_core.SETTINGS)
 
 
 def test_times_are_for_people_unless_json(node, run, done):
@@ -258,7 +259,7 @@ def test_times_are_for_people_unless_json(node, run, done):
     assert lines["expdatetime"] == "2030-03-17 17:46 UTC" and lines["lastcheckin"] == "2027-01-15 08:00 UTC"
     assert done("node show default node")["expdatetime"] == 1900000000
     assert "UTC" in run("network show default")[1]
-    server.add_key(node.home.core, "default", name="old", lifetime=3600)
+    netmaker_core.add_key(node.home.core, "default", name="old", lifetime=3600)
     assert "2027-01-15 09:00 UTC\n" in run("key list default")[1]
     node.home.core.clock.now += 3600
     assert "  expired\n" in run("key list default")[1]
@@ -378,7 +379,7 @@ def test_serve(tmp_path, run, done, backend):
     try:
         made = done("key add default")
         assert parse_token(made["accessstring"]).servers == ("http://203.0.113.10:%d" % port,)
-        core = server.open_core(server.Settings({}, {"NETMAKER_DATA": str(tmp_path / "data")}))
+        core = netmaker_core.open_core(netmaker_core.Settings({}, {"NETMAKER_DATA": str(tmp_path / "data")}))
         client = Client(Place(port, core), source="").join(made["value"])
         assert client.exchange().status == 200 and client.exchange().status == 204
         assert client.peers[client.node]["seen"] == "203.0.113.10:51821"  # on the server's own host
@@ -392,8 +393,8 @@ def test_serve(tmp_path, run, done, backend):
     assert "listening on 127.0.0.1:%d" % port in out
     assert server.b64(core.key.pin) in out
     assert "Traceback" not in err
-    core = server.open_core(server.Settings({}, {"NETMAKER_DATA": str(tmp_path / "data")}))
-    assert server.nodes(core, "default")[0]["last_seen"] > 0
+    core = netmaker_core.open_core(netmaker_core.Settings({}, {"NETMAKER_DATA": str(tmp_path / "data")}))
+    assert netmaker_core.nodes(core, "default")[0]["last_seen"] > 0
     core.store.close()
 
 
@@ -437,12 +438,12 @@ def test_help_of_every_command(run):
 
 def test_the_address_in_tokens(tmp_path):
     def urls(**values):
-        return server.own_urls(server.Settings({}, {"NETMAKER_DATA": str(tmp_path), **values}))
+        return netmaker_core.own_urls(netmaker_core.Settings({}, {"NETMAKER_DATA": str(tmp_path), **values}))
 
     assert urls(SERVER_HOST="[2001:db8::1]") == urls(SERVER_HOST="2001:db8::1") == ("http://[2001:db8::1]:8081",)
     assert urls(SERVER_HOST="x.example", API_PORT="80") == ("http://x.example:80",)
     assert urls(SERVER_API_CONN_STRING="https://a/nm/, b:81") == ("https://a/nm", "http://b:81")
-    assert urls() == ("http://%s:8081" % server.default_address(),)
+    assert urls() == ("http://%s:8081" % netmaker_core.default_address(),)
 
 
 def test_both_families_at_once(tmp_path):
@@ -453,7 +454,7 @@ def test_both_families_at_once(tmp_path):
 
 
 def test_this_hosts_own_addresses():
-    assert server.Sight._own("127.0.0.1") and server.Sight._own(server.default_address())
+    assert server.Sight._own("127.0.0.1") and server.Sight._own(netmaker_core.default_address())
     assert not server.Sight._own("192.0.2.213")
 
 
