@@ -1564,6 +1564,7 @@ CLIENT_FIELDS = (
     Field("config", lambda row: row.get("config", "")),
     Field("description", lambda row: ""),
 )
+CLIENT_CHANGES = tuple(field._replace(check=None) if field.name == "publickey" else field for field in CLIENT_FIELDS)
 DNS_FIELDS = (
     Field("name", "name", check_host_name),
     Field("address", "ip", OrNothing(check_address)),
@@ -2118,18 +2119,21 @@ def last_modified(call: Call) -> Any:
 
 
 def make_egress(call: Call) -> Any:
-    values = parse_fields(call.body, GATEWAY_TAKES)
+    node, values = call.node, parse_fields(call.body, GATEWAY_TAKES)
     text, ranges = values.pop("rangestring", ""), values.pop("ranges", "")
-    return call.show(create_egress(call.core, call.node, [ranges or text], **values))
+    return call.show(create_egress(call.core, node, [ranges or text], **values))
 
 
 def make_relay(call: Call) -> Any:
-    found = parse_fields(call.body, RELAY_TAKES).get("relayaddrs", "")
-    return call.show(create_relay(call.core, call.node, found.replace(",", " ").split()))
+    node, values = call.node, parse_fields(call.body, RELAY_TAKES)
+    return call.show(create_relay(call.core, node, values.get("relayaddrs", "").replace(",", " ").split()))
 
 
 def role_ender(role: str) -> Callable[[Call], Any]:
-    return lambda call: call.show(delete_role(call.core, call.node, role.replace("gateway", "egress")))
+    """A handler that ends what a node is for others."""
+    handler = lambda call: call.show(delete_role(call.core, call.node, role.replace("gateway", "egress")))  # noqa: E731
+    handler.__doc__ = "delete " + role
+    return handler
 
 
 def get_denials(call: Call) -> Any:
@@ -2177,15 +2181,13 @@ def client_file(call: Call) -> Any:
 
 
 def new_client(call: Call) -> Any:
-    values = columns(parse_fields(call.body, CLIENT_FIELDS), CLIENT_FIELDS)
-    return view(add_client(call.core, call.node, values), CLIENT_FIELDS)
+    gateway, values = call.node, columns(parse_fields(call.body, CLIENT_FIELDS), CLIENT_FIELDS)
+    return view(add_client(call.core, gateway, values), CLIENT_FIELDS)
 
 
 def put_client(call: Call) -> Any:
     row = _client_of(call)
-    values = columns(parse_fields(call.body, CLIENT_FIELDS, view(row, CLIENT_FIELDS)), CLIENT_FIELDS)
-    if "key" in values:
-        raise Invalid("publickey: renew the client for another key")
+    values = columns(parse_fields(call.body, CLIENT_CHANGES, view(row, CLIENT_FIELDS)), CLIENT_FIELDS)
     return view(set_client(call.core, row, values), CLIENT_FIELDS)
 
 
@@ -2206,6 +2208,14 @@ def delete_client(call: Call) -> Any:
 def get_names(call: Call, *kinds: str) -> Any:
     found = names(call.core, call.path.get("n", ""))
     return [view(row, DNS_FIELDS) for row in found if not kinds or row["kind"] in kinds]
+
+
+def get_own_names(call: Call) -> Any:
+    return get_names(call, "node", "client")
+
+
+def get_custom_names(call: Call) -> Any:
+    return get_names(call, "custom")
 
 
 def _name_values(call: Call, shown: Row) -> Row:
@@ -2476,13 +2486,13 @@ ROUTES = (
     Route("GET", A_CLIENT, MINE, get_client, (), "ExtClient"),
     Route("GET", A_CLIENT + "/<type>", MINE, client_file),
     Route("POST", CLIENTS + "/<n>/<node>", MINE, new_client, CLIENT_FIELDS, "ExtClient"),
-    Route("PUT", A_CLIENT, MINE, put_client, CLIENT_FIELDS, "ExtClient"),
+    Route("PUT", A_CLIENT, MINE, put_client, CLIENT_CHANGES, "ExtClient"),
     Route("POST", A_CLIENT + "/renew", MINE, new_client_key, CLIENT_FIELDS, "ExtClient"),
     Route("DELETE", A_CLIENT, MINE, delete_client, (), "message"),
     Route("GET", DNS, ADMIN, get_names, (), "[DNSEntry]"),
     Route("GET", DNS + "/adm/<n>", MINE, get_names, (), "[DNSEntry]"),
-    Route("GET", DNS + "/adm/<n>/nodes", MINE, lambda call: get_names(call, "node", "client"), (), "[DNSEntry]"),
-    Route("GET", DNS + "/adm/<n>/custom", MINE, lambda call: get_names(call, "custom"), (), "[DNSEntry]"),
+    Route("GET", DNS + "/adm/<n>/nodes", MINE, get_own_names, (), "[DNSEntry]"),
+    Route("GET", DNS + "/adm/<n>/custom", MINE, get_custom_names, (), "[DNSEntry]"),
     Route("POST", DNS + "/adm/pushdns", ADMIN, push_names, (), "message"),
     Route("POST", DNS + "/<n>", MINE, new_name, DNS_FIELDS, "DNSEntry"),
     Route("PUT", DNS + "/<n>/<name>", MINE, put_name, DNS_FIELDS, "DNSEntry"),
@@ -2539,7 +2549,7 @@ OBJECTS: dict[str, Row] = {
     ),
     "Config": shape(
         "APIConnString APIHost APIPort MasterKey AllowedOrigin RestBackend AgentBackend Database CheckinInterval Version "
-        "Platform DNSMode CoreDNSAddr", "DefaultNodeLimit Verbosity",
+        "DNSMode CoreDNSAddr Platform", "DefaultNodeLimit Verbosity",
     ),
     "Status": shape(
         "version incarnation pin database", "uptime time networks nodes schema polls poll_limit",

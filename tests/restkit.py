@@ -107,6 +107,8 @@ class World:
         self.node.facts.update(endpoint="203.0.113.7", fixed=True)
         for node in (self.node, self.second, self.stranger):
             node.exchange({"facts": node.facts})
+        netmaker_core.add_client(core, netmaker_core.create_ingress(core, home.node(self.node)), {"name": "phone"})
+        netmaker_core.set_name(core, "default", "", {"name": "front", "ip": "192.0.2.7"})
         self.admin, self.root = make_user(home, "root", admin=True), make_user(home, "second-root", admin=True)
         self.carol, self.mallory = make_user(home, "carol", "default"), make_user(home, "mallory", "other")
         self.nobody, self.token = Rest(home), api_token(home, "carol", "carols")

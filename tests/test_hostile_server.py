@@ -9,7 +9,6 @@ import pytest
 from serverkit import Client, Server, make_core, wireguard_key
 
 import netclient_lite as agent
-import netmaker_core
 import netmaker_lite as server
 
 

@@ -14,6 +14,7 @@ from restkit import make_user
 from serverkit import Client, Clock, Server, clients, make_core, settle
 
 import netmaker_core
+import netmaker_lite as server
 from netclient_lite import Invalid
 
 
