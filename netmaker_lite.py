@@ -2101,9 +2101,7 @@ def approve_node(call: Call) -> Any:
 
 def node_handler(action: Callable[[Core, Row], Row]) -> Callable[[Call], Any]:
     """A handler that does one thing to one node."""
-    handler = lambda call: call.show(action(call.core, call.node))  # noqa: E731
-    handler.__doc__ = action.__name__.replace("_", " ") + " node"
-    return handler
+    return lambda call: call.show(action(call.core, call.node))
 
 
 def update_keys(call: Call) -> Any:
@@ -2597,11 +2595,12 @@ def operation(route: Route) -> Row:
     """One route as OpenAPI has it."""
     kind, schema = (JSON, answer_schema(route.gives)) if route.gives else WRITTEN.get(route.handler, ("*/*", {}))
     query = {**QUERIES.get(route.handler, {}), **(PAGES if route.gives.startswith("[") else {})}
-    names = re.findall(PART, route.path)
+    names, name = re.findall(PART, route.path), route.handler.__name__
+    words = route.path.replace(">", "").split("/")[-1] if name.startswith("<") else name.replace("_", " ")
     found: Row = {
         "operationId": (route.method + re.sub("[^a-z0-9]+", "_", route.path)).lower(),
         "tags": [route.role],
-        "summary": (route.handler.__doc__ or route.handler.__name__.replace("_", " ")).strip().split("\n")[0],
+        "summary": (route.handler.__doc__ or words).strip().split("\n")[0],
         "parameters": [
             *({"name": name, "in": "path", "required": True, "schema": TEXT} for name in names),
             *({"name": name, "in": "query", "schema": what} for name, what in query.items()),

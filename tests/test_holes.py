@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import stat
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Iterator
 
 import pytest
-from restkit import MASTER, PASSWORD, Rest, World, api_token, make_user, rows
+from restkit import MASTER, PASSWORD, Rest, World, api_token, body_of, make_user, path_of, rows
 from serverkit import Client, Clock, Server, make_core
 
 import netclient_lite as agent
@@ -286,10 +287,8 @@ def test_nodes_are_found_in_their_own_network_only(world: World) -> None:
     before = rows(world.home)
     for route in server.ROUTES:
         if "/<n>/<node>" in route.path:
-            path = route.path.replace("<n>", "other").replace("<node>", world.node.node)
-            said = world.mallory.call(
-                route.method, path, {"ranges": ["192.168.7.0/24"], "name": "mine", "relayaddrs": ["10.99.0.1"]}
-            )
+            path = path_of(route, world).replace("/default/", "/other/")
+            said = world.mallory.call(route.method, path, body_of(route, world))
             assert said.status == 404, (route, said)
     assert rows(world.home) == before
 
@@ -344,7 +343,34 @@ def test_no_command_text_reaches_an_agent(world: World) -> None:
     world.node.exchange(), world.second.exchange()
     told = json.dumps([world.node.me, world.node.peers, world.second.me, world.second.peers])
     assert "touch" not in told and "postup" not in told.lower()
-    assert "touch" not in json.dumps(rows(world.home), default=str)
+
+
+def test_private_keys_are_told_once(world: World, clock: Clock) -> None:
+    """CVE-2026-29196: an external client's was in every GET. Here the file has it for a quarter of an hour."""
+    node = "/%s/%s" % ("default", world.node.node)
+    if "/api/extclients" not in {route.path for route in server.ROUTES}:
+        pytest.skip("this server makes no external clients")
+    made = world.admin.good("POST", "/api/extclients" + node, {"clientid": "tablet"})
+    key, path = made["privatekey"], "/api/extclients/default/tablet"
+    assert len(base64.b64decode(key)) == 32 and key in made["config"]
+    secret = {key.encode(), base64.b64decode(key), base64.b64decode(key).hex().encode()}
+    for rest in (world.admin, world.carol, world.mallory, world.nobody):
+        for route in server.ROUTES:
+            if route.method == "GET":
+                where = path_of(route, world).replace("/phone", "/tablet")
+                if where == path + "/file":
+                    continue
+                assert not any(each in rest.call("GET", where).body for each in secret), where
+    for rest in (world.carol, world.admin):
+        assert key.encode() in rest.call("GET", path + "/file").body
+    assert world.mallory.call("GET", path + "/file").status == world.mallory.call("GET", path + "/qr").status == 403
+    dump = json.dumps(rows(world.home), default=str)
+    assert key not in dump and base64.b64decode(key).hex() not in dump
+    clock.now += 901
+    for form in ("file", "qr", "svg"):
+        assert key.encode() not in world.admin.call("GET", "%s/%s" % (path, form)).body
+    renewed = world.admin.good("POST", path + "/renew", {})
+    assert renewed["privatekey"] not in ("", key)
 
 
 # ---- texts
@@ -462,7 +488,7 @@ def test_endless_tries_take_no_memory(world: World) -> None:
 def test_a_long_log_is_not_read_at_once(world: World) -> None:
     """Anybody who is signed in may ask for it, again and again, and the server is a router."""
     columns = "time, who, source, network, action, target, detail"
-    sql = netmaker_core.composed("INSERT INTO audit (%s) VALUES (1800000000, 'x', '', 'default', 'y', '', '')", columns)
+    sql = server.composed("INSERT INTO audit (%s) VALUES (1800000000, 'x', '', 'default', 'y', '', '')", columns)
     with world.home.core.store.writer.atomic("IMMEDIATE"):
         for _ in range(3000):
             world.home.core.store._write(sql, ())
