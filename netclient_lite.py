@@ -2563,7 +2563,7 @@ def _check_in(node: Node, answer: Answer | None, afresh: bool, patience: float) 
     except Refused as no:
         if no.code == 410:
             end_membership(node, "confirm")
-            say(f"{network}: removed by the administrator: {node.config.interface} is taken down and forgotten")
+            say(f"{network}: {no}: {node.config.interface} is taken down and forgotten")
             return
         if no.code != 404:
             raise

@@ -2484,7 +2484,7 @@ def enable(core: Core, node: Row) -> Row:
     return _set_state(core, node, "enable", ACTIVE, (DISABLED, EXPIRED), over)
 
 
-def remove_node(core: Core, node: Row, farewell: str = "the administrator removed it") -> Row:
+def remove_node(core: Core, node: Row, farewell: str = "an administrator removed this node") -> Row:
     """End a membership. The row stays until the agent has confirmed that it heard of it."""
 
     def build() -> Batch | None:
@@ -2533,7 +2533,7 @@ def reject(core: Core, node: Row) -> Row:
     if node["state"] != PENDING:
         words = (node["name"], node["state"], node["network"], node["name"])
         raise Clash("the node %s is %s, not pending: `netmaker-lite node remove %s %s`" % words)
-    return remove_node(core, node, "an administrator turned it away")
+    return remove_node(core, node, "an administrator turned this node away")
 
 
 def forget_node(core: Core, network: str, node: str) -> None:
@@ -2643,7 +2643,7 @@ def sweep(core: Core) -> None:
         limit = core.now - network["silent"] if network["silent"] else 0
         here = (Node.network == network["id"]) & (Node.state == ACTIVE) & ~Node.auth.startswith(NO_AGENT)
         for node in core.store.select(Node.select().where(here & (Node.last_seen < limit))):
-            remove_node(core, node, "it was silent for longer than %s allows" % network["id"])
+            remove_node(core, node, "this node was silent for longer than %s allows" % network["id"])
     if core.store.row("SELECT 1 FROM client WHERE private != '' AND keyed <= ?", (core.now - KEPT,)):
         batch = ListBatch()
         batch.update("client", {"private": ""}, "keyed <= ?", core.now - KEPT)

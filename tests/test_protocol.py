@@ -238,7 +238,7 @@ def test_sign_up_approve_and_reject(home):
     assert one.names() == old.names() == {"node", one.name}
     assert one.me["ip"] == "10.20.30.2"
     said = two.exchange()
-    assert said.status == 410 and "turned it away" in said["message"]
+    assert said.status == 410 and "turned this node away" in said["message"]
 
 
 # ---- exchange: what must have no effect
