@@ -154,7 +154,7 @@ class Machine:
 
     def run(self, *arguments: str, prelude: str = "", **more: str) -> subprocess.CompletedProcess[str]:
         """The script; BusyBox' ash prefers its applets to PATH, so there stubs are functions."""
-        env = self.environment(**({"KEY": TOKEN, "NM_SERVER": self.url} | more))
+        env = self.environment(**{"KEY": TOKEN, "NM_SERVER": self.url, **more})
         if self.shell == "ash" and (self.bin / "ip").exists():
             prelude += f'ip() {{ "{self.bin}/ip" "$@"; }}\n'
         text = f'{prelude}. "{self.script}"'
