@@ -14,7 +14,8 @@
 # No STEP: the first five. --fast leaves out the lab and the other Pythons. On Debian and as root, missing packages are
 # installed by apt; without root it runs what needs none and says what it left out. The exit status is 0 when all passed.
 #
-# Settings: NM_TEST_VENV (.venv), NM_TEST_PYTHON (the system's python3), PYENV_ROOT (~/.pyenv).
+# Settings: NM_TEST_VENV (.venv), NM_TEST_PYTHON (the system's python3), PYENV_ROOT (~/.pyenv); for longer tests NM_SECONDS
+# (how long the many clients go on: 8) and NM_EVERY=yes (kill -9 at every step of a key refresh, not at every other).
 set -eu
 
 NM_TEST_VENV=${NM_TEST_VENV:-.venv}
@@ -244,7 +245,7 @@ server_on() { # PYTHON FOLDER PYTEST ARGUMENTS…
 	local python="$1" folder="$2"
 	shift 2
 	make_venv "$python" "$folder" || return 1
-	"$folder/bin/python" -m pytest -q -p no:cacheprovider -m "not lab" "$@"
+	env -u NM_SECONDS "$folder/bin/python" -m pytest -q -p no:cacheprovider -m "not lab" "$@"
 }
 
 step_pythons() { # PYTEST ARGUMENTS
