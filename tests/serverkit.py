@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -76,7 +77,8 @@ class Server:
             self.agents.members.nodes.clear()
         self.keeper.stop()
         self._server.task_dispatcher.shutdown()
-        self._server.trigger.pull_trigger(lambda: wasyncore.close_all(self._server._map))
+        with contextlib.suppress(OSError):  # a loop that is awake anyway may have closed everything before it is woken
+            self._server.trigger.pull_trigger(lambda: wasyncore.close_all(self._server._map))
         self._thread.join(10)
         self.core.store.close()
 
