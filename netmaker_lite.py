@@ -1648,11 +1648,16 @@ def as_words(value: Any) -> str:
     raise Invalid("takes a text, a number or a list of texts of at most 4096 characters, not %.40r" % (value,))
 
 
-def parse_fields(given: Mapping[str, Any], fields: Sequence[Field], shown: Mapping[str, Any] = MappingProxyType({})) -> Row:
+def parse_fields(
+    given: Mapping[str, Any],
+    fields: Sequence[Field],
+    shown: Mapping[str, Any] = MappingProxyType({}),
+    left_out: Sequence[Any] = ("", 0),
+) -> Row:
     """{field name: value} of the members of a body.
 
     User interfaces send back whole objects: null, what is read-only, and what says the same as is `shown` is
-    not taken for a change, nor is "" or 0 where that is no value: Go writes so what was left out. What the table
+    not taken for a change, nor is "" or 0 where that is no value: Go writes so what was `left_out`. What the table
     does not know is refused by name.
     """
     known = {field.name: field for field in fields}
@@ -1672,7 +1677,7 @@ def parse_fields(given: Mapping[str, Any], fields: Sequence[Field], shown: Mappi
             if name not in shown or as_words(shown[name]) != text:
                 found[name] = field.check(text)
         except Invalid as bad:
-            if value not in ("", 0):
+            if value not in left_out:
                 raise Invalid("%s%s%s" % (name, " " if str(bad).startswith("takes ") else ": ", bad)) from bad
     return found
 
@@ -2320,7 +2325,7 @@ def get_tokens(call: Call) -> Any:
 
 
 def new_token(call: Call) -> Any:
-    values = parse_fields(call.body, TOKEN_FIELDS)
+    values = parse_fields(call.body, TOKEN_FIELDS, left_out=())  # an empty limit would be none
     write = values.pop("scope", "write") == "write"
     return view(add_api_token(call.core, call.path["u"], {**values, "write": write}), TOKEN_FIELDS)
 

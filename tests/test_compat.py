@@ -637,3 +637,9 @@ def test_wrong_values_of_every_kind_are_refused_by_name(home: Server, admin: Res
     before = admin.get("/api/nodes/default/" + front.node)
     left_out = {"mtu": 0, "listenport": 0, "name": "", "dnson": "", "address": ""}
     assert admin.good("PUT", "/api/nodes/default/" + front.node, left_out).items() <= before.items()
+
+
+@pytest.mark.parametrize("limit", [{"scope": ""}, {"expires": 0}, {"name": ""}])
+def test_an_api_token_has_no_empty_limits(admin: Rest, limit: dict[str, Any]) -> None:
+    said = admin.call("POST", "/api/users/root/tokens", {"name": "ci", "scope": "read", **limit})
+    assert said.status == 400 and said.sentence.startswith(*limit) and admin.get("/api/users/root/tokens") == []
