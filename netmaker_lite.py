@@ -1169,6 +1169,8 @@ def remove_user(core: Core, name: str) -> Row:
 
 def _open_session(core: Core, owner: str, values: Row, action: str) -> Row:
     bearer = new_bearer("t" if values.get("name") else "s")
+    if not values.get("name"):  # user interfaces look there for the end, as in a JWT; nobody believes it
+        bearer += "." + b64(dump({"UserName": owner, "exp": values["expires"]}))
     row = {**blank(Session), "expires": None, **values, "id": fingerprint(bearer), "owner": owner, "created": core.now}
 
     def build() -> Batch:
@@ -1392,7 +1394,7 @@ def check_silence(text: str) -> int:
 
 def check_uses(text: str) -> int | None:
     """How many may join; None for any number."""
-    if text in ("unlimited", "0"):
+    if text == "unlimited":
         return None
     try:
         return Whole(1, 1 << 31)(text)
@@ -1521,6 +1523,7 @@ NODE_FIELDS = (
     Field("lastpeerupdate", lambda row: 0, None, "number"),
 )
 NEW_NODE = tuple(Field("publickey", "key", check_key) if field.name == "publickey" else field for field in NODE_FIELDS)
+NEW_NETWORK = tuple(field._replace(check=YES_NO) if field.name == "isdualstack" else field for field in NETWORK_FIELDS)
 KEY_FIELDS = (
     Field("name", "name", Pattern("[A-Za-z0-9._-]{0,20}", "no name for a key: 1 to 20 letters, digits, '.', '_' or '-'")),
     Field("network", "network"),
@@ -1537,7 +1540,7 @@ USER_FIELDS = (
 )
 OWN_USER_FIELDS = tuple(field if field.name == "password" else field._replace(check=None) for field in USER_FIELDS)
 SIGN_IN = (Field("username", "", str), Field("password", "", str), Field("setupcode", "", str))
-FIRST_ADMIN = (*USER_FIELDS[:2], SIGN_IN[2])
+FIRST_ADMIN = (*USER_FIELDS[:2], SIGN_IN[2], *(field._replace(check=None) for field in USER_FIELDS[2:]))
 TOKEN_FIELDS = (
     Field("name", "name", check_token_name),
     Field("scope", lambda row: "write" if row["write"] else "read", one_of("read", "write")),
@@ -1645,11 +1648,17 @@ def as_words(value: Any) -> str:
     raise Invalid("takes a text, a number or a list of texts of at most 4096 characters, not %.40r" % (value,))
 
 
-def parse_fields(given: Mapping[str, Any], fields: Sequence[Field], shown: Mapping[str, Any] = MappingProxyType({})) -> Row:
+def parse_fields(
+    given: Mapping[str, Any],
+    fields: Sequence[Field],
+    shown: Mapping[str, Any] = MappingProxyType({}),
+    left_out: Sequence[Any] = ("", 0),
+) -> Row:
     """{field name: value} of the members of a body.
 
     User interfaces send back whole objects: null, what is read-only, and what says the same as is `shown` is
-    not taken for a change. What the table does not know is refused by name.
+    not taken for a change, nor is "" or 0 where that is no value: Go writes so what was `left_out`. What the table
+    does not know is refused by name.
     """
     known = {field.name: field for field in fields}
     found = {}
@@ -1668,7 +1677,8 @@ def parse_fields(given: Mapping[str, Any], fields: Sequence[Field], shown: Mappi
             if name not in shown or as_words(shown[name]) != text:
                 found[name] = field.check(text)
         except Invalid as bad:
-            raise Invalid("%s%s%s" % (name, " " if str(bad).startswith("takes ") else ": ", bad)) from bad
+            if value not in left_out:
+                raise Invalid("%s%s%s" % (name, " " if str(bad).startswith("takes ") else ": ", bad)) from bad
     return found
 
 
@@ -1725,7 +1735,7 @@ CALLER = "netmaker.caller"  # in the WSGI environment: who calls in this process
 PER_PAGE = 1000
 CROSS_ORIGIN = {
     "Access-Control-Allow-Methods": "GET, POST, PUT, DELETE",
-    "Access-Control-Allow-Headers": "Authorization, Content-Type",
+    "Access-Control-Allow-Headers": "Authorization, Content-Type, X-Requested-With, Access-Control-Allow-Origin",
     "Access-Control-Expose-Headers": "X-Total-Count",
     "Access-Control-Max-Age": "600",
     "Vary": "Origin",
@@ -2001,9 +2011,13 @@ def get_networks(call: Call) -> Any:
 
 
 def new_network(call: Call) -> Any:
-    values = columns(parse_fields(call.body, NETWORK_FIELDS), NETWORK_FIELDS)
+    """Empty members are the defaults; an IPv6 range that comes with `isdualstack` no, as the 0.8 form sends it, is not meant."""
+    given = {name: value for name, value in call.body.items() if value or isinstance(value, bool)}
+    values = columns(parse_fields(given, NEW_NETWORK), NETWORK_FIELDS)
     if "id" not in values:
         raise Invalid("netid is missing: a network needs a name")
+    if not values.pop("isdualstack", True) and values.get("range"):
+        values.pop("range6", None)
     return view_network(add_network(call.core, values.pop("id"), values), call.core.settings)
 
 
@@ -2311,7 +2325,7 @@ def get_tokens(call: Call) -> Any:
 
 
 def new_token(call: Call) -> Any:
-    values = parse_fields(call.body, TOKEN_FIELDS)
+    values = parse_fields(call.body, TOKEN_FIELDS, left_out=())  # an empty limit would be none
     write = values.pop("scope", "write") == "write"
     return view(add_api_token(call.core, call.path["u"], {**values, "write": write}), TOKEN_FIELDS)
 
@@ -2353,6 +2367,7 @@ def get_config(call: Call) -> Any:
         "AllowedOrigin": settings["CORS_ALLOWED_ORIGIN"],
         "RestBackend": settings["REST_BACKEND"],
         "AgentBackend": settings["AGENT_BACKEND"],
+        "ClientMode": "on",  # where it is off, the 0.8 page forbids hole punching, which here is the nodes' own affair
         "DNSMode": settings["DNS_MODE"],
         "CoreDNSAddr": settings["COREDNS_ADDR"],
         "DefaultNodeLimit": settings["DEFAULT_NODE_LIMIT"],
@@ -2448,7 +2463,7 @@ ROUTES = (
     Route("POST", agent.EXCHANGE_PATH, "agent", Web.exchange),
     Route("GET", agent.LOOK_PATH + "<capability>", "agent", Web.look),
     Route("GET", NET, USER, get_networks, (), "[Network]"),
-    Route("POST", NET, ADMIN, new_network, NETWORK_FIELDS, "Network"),
+    Route("POST", NET, ADMIN, new_network, NEW_NETWORK, "Network"),
     Route("GET", NET + "/<n>", MINE, get_network, (), "Network"),
     Route("PUT", NET + "/<n>", ADMIN, put_network, NETWORK_FIELDS, "Network"),
     Route("PUT", NET + "/<n>/nodelimit", ADMIN, put_network, NETWORK_FIELDS, "Network"),
@@ -2547,7 +2562,7 @@ OBJECTS: dict[str, Row] = {
     ),
     "Config": shape(
         "APIConnString APIHost APIPort MasterKey AllowedOrigin RestBackend AgentBackend Database CheckinInterval Version "
-        "DNSMode CoreDNSAddr Platform", "DefaultNodeLimit Verbosity",
+        "DNSMode CoreDNSAddr Platform ClientMode", "DefaultNodeLimit Verbosity",
     ),
     "Status": shape(
         "version incarnation pin database", "uptime time networks nodes schema polls poll_limit",
