@@ -2901,19 +2901,16 @@ def add_client(core: Core, gateway: Row, values: Row) -> Row:
         if not client_endpoint(network, now):
             raise Clash("nobody outside can reach %s: set its endpoint first" % now["name"])
         row = {**new, "name": values.get("name") or unused_name(core, network["id"], "client")}
-        _check_client(core, batch, row)
+        _check_key_free(core, row)
+        if values.get("name"):  # one that we chose may be taken since, which upsets the change: it is tried again
+            _check_name_free(core, row["network"], row["name"], row["id"])
+        batch.set("names = counter + 1")
         batch.insert("client", {**row, **_settle(core, batch, network, row)})
         batch.note = told({"gateway": now["name"], **values})
         return {"ingress": True}
 
     _arrange(core, gateway, "client add", work, values.get("name", ""))
     return _given(core, new["network"], new["id"])
-
-
-def _check_client(core: Core, batch: NetworkBatch, row: Row) -> None:
-    _check_key_free(core, row)
-    _check_name_free(core, row["network"], row["name"], row["id"])
-    batch.set("names = counter + 1")
 
 
 def set_client(core: Core, client: Row, values: Row, action: str = "client set") -> Row:
@@ -2924,7 +2921,9 @@ def set_client(core: Core, client: Row, values: Row, action: str = "client set")
         new = differences(old, values)
         if not new:
             return None
-        _check_client(core, batch, {**old, **new})
+        _check_key_free(core, {**old, **new})
+        _check_name_free(core, old["network"], {**old, **new}["name"], old["id"])
+        batch.set("names = counter + 1")
         batch.update("client", {**new, "modified": core.now}, "id = ?", client["id"], must=True)
         batch.note = told({column: value for column, value in new.items() if column not in ("private", "keyed")})
         return {"ingress": True}
