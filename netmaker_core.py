@@ -1007,9 +1007,10 @@ def _connection(path: str) -> peewee.SqliteDatabase:
         "synchronous": 2,  # FULL: what an agent was told must stand after a power cut
         "foreign_keys": 1,
         "busy_timeout": 5000,
-        "cache_size": -1024,
+        "cache_size": -256,  # more is only a copy of what the kernel has
     }
-    return peewee.SqliteDatabase(path, pragmas=pragmas, thread_safe=False, check_same_thread=False, timeout=5)
+    options: Row = {"thread_safe": False, "check_same_thread": False, "timeout": 5, "cached_statements": 24}
+    return peewee.SqliteDatabase(path, pragmas=pragmas, **options)
 
 
 def new_incarnation() -> str:
@@ -1611,12 +1612,12 @@ class Mesh:
             changed = dict.fromkeys(self.members)
         members = [self.members[node] for node in changed if node in self.members]
         active = [member for member in members if member.row.state == ACTIVE]
-        parts = [b'"peers":[' + b",".join(map(self._record, active)) + b"]"]
+        parts = [b'"peers":[', b",".join(map(self._record, active)), b"]"]
         gone = [node for node, counter in self.gone.items() if counter > since >= 0]
         gone = [node for node in gone if not self._is_active(node)]
         if gone:
-            parts.append(b'"gone":' + dump(gone))
-        return b",".join(parts)
+            parts += [b',"gone":', dump(gone)]
+        return b"".join(parts)
 
     def _record(self, member: Member) -> bytes:
         member.record = member.record or record(member.row, self.state, member.clients)
@@ -1675,8 +1676,8 @@ class Members:
         if member is None:
             member = Member(mesh, row)
             self.nodes[row.id] = self.looks[row.look] = mesh.members[row.id] = member
-        else:
-            member.renew(row)
+        else:  # with the old values where they are the same: a few new ones among many leave holes in the memory
+            member.renew(NodeState._make(old if old == new else new for old, new in zip(member.row, row)))
         member.clients = self._clients(row.id) if row.ingress else ()
         at_it = row.refresh not in ("", QUEUED) and row.state == ACTIVE
         (mesh.refreshing.add if at_it else mesh.refreshing.discard)(row.id)
@@ -1802,7 +1803,7 @@ class Members:
         with mesh.lock:
             if have == mesh.word:
                 return None
-            parts = [b'"word":' + dump(mesh.word)]
+            parts = [b'{"word":' + dump(mesh.word)]
             since = self.in_history(mesh, have)
             if row.state != ACTIVE:
                 since = -1
@@ -1821,7 +1822,7 @@ class Members:
             left = {node: round(seconds, 2) for node, seconds in times.items() if seconds > -60}  # not of a restored database
             if left:
                 parts.append(b'"in":' + dump(left))
-            return b"{" + b",".join(parts) + b"}"
+            return b",".join(parts) + b"}"
 
     def dirty(self) -> list[tuple[int, int, int, int, str]]:
         """What is to be written behind; marked as written."""
@@ -2993,10 +2994,13 @@ def check_host_name(text: str) -> str:
     return folded
 
 
-def names(core: Core, network: str = "") -> list[Row]:
+def each_name(core: Core, network: str) -> Iterator[Row]:
     """The names of a network ("": of all); `kind` is node, client or custom."""
-    owner = need_network(core, network)["id"] if network else ""
-    return [dict(zip(("network", "name", "ip", "ip6", "kind"), row)) for row in core.store.rows(NAMES, (owner,))]
+    return (dict(zip(("network", "name", "ip", "ip6", "kind"), row)) for row in core.store.each(NAMES, (network,)))
+
+
+def names(core: Core, network: str = "") -> list[Row]:
+    return list(each_name(core, need_network(core, network)["id"] if network else ""))
 
 
 def need_name(core: Core, network: str, name: str) -> Row:
@@ -3036,7 +3040,7 @@ def write_names(core: Core) -> None:
     """The files for CoreDNS, in the folder `dnsconfig`: those that are not yet as they should be."""
     folder = os.path.join(core.store.folder, "dnsconfig")
     os.makedirs(folder, mode=0o755, exist_ok=True)
-    texts = {"netmaker.hosts": hosts_file(names(core)), "Corefile": corefile(row["id"] for row in networks(core))}
+    texts = {"netmaker.hosts": hosts_file(each_name(core, "")), "Corefile": corefile(row["id"] for row in networks(core))}
     for name, text in texts.items():
         path = os.path.join(folder, name)
         if agent.read_text(path) != text:
