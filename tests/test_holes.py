@@ -59,7 +59,7 @@ def test_of_16_at_once_one_becomes_administrator(bare: Server) -> None:
     with ThreadPoolExecutor(16) as pool:
         asked = [{"username": "eve%d" % number, "password": PASSWORD, "setupcode": code} for number in range(16)]
         said = list(pool.map(lambda body: Rest(bare).call("POST", CREATE, body).status, asked))
-    assert said.count(200) == 1 and set(said) == {200, 409, 429}
+    assert said.count(200) == 1 and set(said) <= {200, 409, 429}
     assert len(server.users(bare.core)) == 1 and bare.core.store.meta("setup") == ""
 
 
