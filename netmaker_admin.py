@@ -10,7 +10,7 @@
 Every command is a row of one table: its words, its arguments, the REST call that it becomes, what it
 prints. On the server's host the calls go to the server's application in this process, whether or not
 a server runs; with --api URL they go over HTTP. So this file needs the standard library alone (and
-requests for --api, segno for --qr), and works without the server's file on a laptop.
+requests for --api, segno for --qr), and works without the server's files on a laptop.
 
 Contents
     IMPORTS     the standard library
@@ -87,7 +87,7 @@ class Printed(NamedTuple):
 
 
 class Local(Protocol):
-    """What the server's own file adds on its host: a server in this process, and the commands that are no REST calls."""
+    """What the server's own files add on its host: a server in this process, and the commands that are no REST calls."""
 
     @property
     def settings(self) -> Sequence[tuple[str, str, str]]: ...  # name, default, what it does
@@ -907,7 +907,7 @@ NOUNS = {
     "user apitoken": "tokens for scripts and for --api",
 }
 SHOWN = tuple(command for command in COMMANDS if command.help)
-HERE = ("serve", "backup", "restore", "check")  # they need the server's own file and its data folder
+HERE = ("serve", "backup", "restore", "check")  # they need the server's own files and its data folder
 JSON = arg("--json", action="store_true", default=False, help="print what the REST API answers")
 DATA = arg("--data", metavar="DIR", kind="dir", default="", help="the server's data folder on this host [NETMAKER_DATA]")
 WHERE = (

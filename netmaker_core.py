@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the server of netmaker-lite knows and remembers: settings, rules of the mesh, the database, the cache in front of it.
 
-netmaker_lite.py stands on this and is what runs: the things that can be done, the agents' and the
-administrators' API, the web server. Nothing here answers a request or decides who may ask.
+netmaker_lite.py stands on this and is what runs: the agents' protocol, users and their rights, the
+API, the web server. Nothing here answers a request or decides who may ask.
 
 Contents
     IMPORTS     the standard library, peewee, PyNaCl, and what must be the same in the agent
@@ -244,7 +244,7 @@ class Settings:
 # --------------------------------------------------------------------------------------------------
 # ERRORS
 # --------------------------------------------------------------------------------------------------
-# A bad value is the agent's Invalid, 400: both files speak of bad values in the same sentences.
+# A bad value is the agent's Invalid, 400: server and agent speak of bad values in the same sentences.
 
 
 class ServerError(Exception):
@@ -1007,9 +1007,10 @@ def _connection(path: str) -> peewee.SqliteDatabase:
         "synchronous": 2,  # FULL: what an agent was told must stand after a power cut
         "foreign_keys": 1,
         "busy_timeout": 5000,
-        "cache_size": -1024,
+        "cache_size": -256,  # more is only a copy of what the kernel has
     }
-    return peewee.SqliteDatabase(path, pragmas=pragmas, thread_safe=False, check_same_thread=False, timeout=5)
+    options: Row = {"thread_safe": False, "check_same_thread": False, "timeout": 5, "cached_statements": 24}
+    return peewee.SqliteDatabase(path, pragmas=pragmas, **options)
 
 
 def new_incarnation() -> str:
@@ -1098,6 +1099,11 @@ class Store:
     def rows(self, sql: str, values: Sequence[Any] = ()) -> list[tuple[Any, ...]]:
         with self._reading:
             return list(self.execute(self.reader, sql, values).fetchall())
+
+    def each(self, sql: str, values: Sequence[Any] = ()) -> Iterator[tuple[Any, ...]]:
+        """Row by row, for what is too long to be held twice."""
+        with self._reading:
+            yield from self.execute(self.reader, sql, values)
 
     def row(self, sql: str, values: Sequence[Any] = ()) -> tuple[Any, ...] | None:
         with self._reading:
@@ -1540,19 +1546,18 @@ class Member:
     """One node in memory: its row, its keys, its record, and what is only written behind."""
 
     __slots__ = (
-        "answer_key", "box", "clients", "dirty", "epoch", "have", "last_mac", "last_time", "mesh", "parked", "record",
-        "request_key", "row", "seen", "sequence",
+        "answer_key", "clients", "dirty", "epoch", "have", "last_mac", "last_time", "mesh", "parked", "record",
+        "request_key", "row", "seal_key", "seen", "sequence",
     )  # fmt: skip
 
     def __init__(self, mesh: Any, row: NodeState) -> None:
         self.mesh, self.row = mesh, row
-        self.clients: list[ClientState] = []
+        self.clients: Sequence[ClientState] = ()
         self.epoch, self.sequence = row.epoch, UNKNOWN
         self.last_mac, self.last_time = "", 0.0
         self.seen, self.dirty = row.last_seen, False
         self.have, self.parked = -1, 0.0  # the newest counter that it has applied; until when its look waits
-        self.request_key = self.answer_key = self.record = b""
-        self.box: Any = None
+        self.request_key = self.answer_key = self.seal_key = self.record = b""
 
     def renew(self, row: NodeState) -> None:
         self.row, self.record = row, b""
@@ -1607,12 +1612,12 @@ class Mesh:
             changed = dict.fromkeys(self.members)
         members = [self.members[node] for node in changed if node in self.members]
         active = [member for member in members if member.row.state == ACTIVE]
-        parts = [b'"peers":[' + b",".join(map(self._record, active)) + b"]"]
+        parts = [b'"peers":[', b",".join(map(self._record, active)), b"]"]
         gone = [node for node, counter in self.gone.items() if counter > since >= 0]
         gone = [node for node in gone if not self._is_active(node)]
         if gone:
-            parts.append(b'"gone":' + dump(gone))
-        return b",".join(parts)
+            parts += [b',"gone":', dump(gone)]
+        return b"".join(parts)
 
     def _record(self, member: Member) -> bytes:
         member.record = member.record or record(member.row, self.state, member.clients)
@@ -1671,9 +1676,9 @@ class Members:
         if member is None:
             member = Member(mesh, row)
             self.nodes[row.id] = self.looks[row.look] = mesh.members[row.id] = member
-        else:
-            member.renew(row)
-        member.clients = self._clients(row.id) if row.ingress else []
+        else:  # with the old values where they are the same: a few new ones among many leave holes in the memory
+            member.renew(NodeState._make(old if old == new else new for old, new in zip(member.row, row)))
+        member.clients = self._clients(row.id) if row.ingress else ()
         at_it = row.refresh not in ("", QUEUED) and row.state == ACTIVE
         (mesh.refreshing.add if at_it else mesh.refreshing.discard)(row.id)
         return member
@@ -1707,6 +1712,12 @@ class Members:
                 member.mesh.members.pop(node, None)
                 member.mesh.refreshing.discard(node)
 
+    def forget_removed(self) -> None:
+        """Removed nodes that have fallen silent; one that comes after all is read again."""
+        for member in list(self.nodes.values()):
+            if member.row.state == REMOVED and member.seen <= self.clock() - 3600:
+                self.forget(member.row.id)
+
     def prove(self, mesh: Mesh) -> bool:
         """Bring a network up to date; False when it is no more. One row read when nothing changed."""
         if self.store.word(mesh.state.id) == mesh.state[3:5]:
@@ -1739,8 +1750,7 @@ class Members:
             if found is None:
                 return
             mesh = Mesh(NetworkState._make(found))
-            rows = self.store.rows(NODE_SELECT + "network = ? ORDER BY changed", (network,))
-            for row in map(NodeState._make, rows):
+            for row in map(NodeState._make, self.store.each(NODE_SELECT + "network = ? ORDER BY changed", (network,))):
                 self._put(mesh, row)
                 mesh.log.append((row.changed, row.id))
             mesh.gone = self._gone_since(network, -1)
@@ -1793,7 +1803,7 @@ class Members:
         with mesh.lock:
             if have == mesh.word:
                 return None
-            parts = [b'"word":' + dump(mesh.word)]
+            parts = [b'{"word":' + dump(mesh.word)]
             since = self.in_history(mesh, have)
             if row.state != ACTIVE:
                 since = -1
@@ -1812,7 +1822,7 @@ class Members:
             left = {node: round(seconds, 2) for node, seconds in times.items() if seconds > -60}  # not of a restored database
             if left:
                 parts.append(b'"in":' + dump(left))
-            return b"{" + b",".join(parts) + b"}"
+            return b",".join(parts) + b"}"
 
     def dirty(self) -> list[tuple[int, int, int, int, str]]:
         """What is to be written behind; marked as written."""
@@ -1852,6 +1862,13 @@ class Caller(NamedTuple):
         return self.networks is None or network.lower() in self.networks
 
 
+def audit(batch: Batch, caller: Caller, now: int, action: str, network: str = "", target: str = "") -> None:
+    """The line of a change in the audit log."""
+    who = "/".join(filter(None, (caller.name, caller.token)))
+    row = {"time": now, "who": who, "source": caller.source, "network": network}
+    batch.insert("audit", {**row, "action": action, "target": target, "detail": batch.note[:500]})
+
+
 class Core:
     """What every action needs: settings, the database, the server's key, the time, and who asks for it."""
 
@@ -1875,9 +1892,7 @@ class Core:
         def audited() -> Batch | None:
             batch = build()
             if batch is not None:
-                who = "/".join(filter(None, (self.caller.name, self.caller.token)))
-                row = {"time": self.now, "who": who, "source": self.caller.source, "network": network}
-                batch.insert("audit", {**row, "action": action, "target": target, "detail": batch.note[:500]})
+                audit(batch, self.caller, self.now, action, network, target)
             return batch
 
         self.store.change(audited)
@@ -1926,7 +1941,7 @@ def open_core(settings: Settings, make: bool = True) -> Core:
         raise
 
 
-def give_up_key(settings: Settings) -> int:
+def give_up_key(settings: Settings, caller: Caller) -> int:
     """Forget a lost server key with the access keys that it sealed, and count them; the next start makes another."""
     if is_there(settings.key_file):
         raise Clash("%s is there, and --new-key is for a lost one: move it away first" % settings.key_file)
@@ -1937,6 +1952,8 @@ def give_up_key(settings: Settings) -> int:
         batch.delete("access_key", "id != ''")
         batch.update("client", {"private": ""}, "private != ''")
         batch.update("meta", {"value": ""}, "key = 'pin'")
+        batch.note = "access keys removed: %d" % lost
+        audit(batch, caller, int(time.time()), "server new key")
         store.apply(batch)
         return lost
     finally:
@@ -2190,6 +2207,7 @@ def add_key(core: Core, network: str, name: str = "", uses: int | None = 1, life
             raise Clash("%s has a key %s already: take another name" % (owner["id"], new["name"]))
         batch = NetworkBatch(owner["id"], core.now, heard=False)
         batch.insert("access_key", new)
+        batch.note = "uses=%s expires=%s" % (uses or "unlimited", new["expires"] or "never")
         return batch
 
     core.change(build, "key add", owner["id"], new["name"])
@@ -2415,6 +2433,7 @@ def add_node(core: Core, network: str, values: Row) -> Row:
     def build() -> Batch:
         found = need_network(core, owner["id"])
         batch = NetworkBatch(owner["id"], core.now)
+        batch.when("names = ?", found["names"])
         who = Joining(owner["id"], "", "administrator", "", "", values)
         new.update(_new_node(core, found, who), auth=NO_AGENT + secrets.token_hex(8), os="")
         new.update(_move_in(core, batch, found, new))
@@ -2438,9 +2457,14 @@ def _leave_lists(batch: NetworkBatch, node: Row) -> None:
 
 
 def _without_vain_wishes(core: Core, network: Row, node: Row) -> Row:
-    """A pending node whose wished address somebody else got meanwhile takes the next one."""
-    held = partial(core.store.held, network["id"])
-    return {**node, **{name: "" if held(node[name]) else node[name] for name in ("ip", "ip6")}}
+    """A pending node whose wished address somebody else got meanwhile, or another range left out, takes the next one."""
+    ranges = pools(network["range"], network["range6"])
+
+    def wish(address: str) -> str:
+        inside = address and any(each.host(address) for each in ranges)
+        return address if inside and not core.store.held(network["id"], address) else ""
+
+    return {**node, **{name: wish(node[name]) for name in ("ip", "ip6")}}
 
 
 def _set_state(core: Core, node: Row, action: str, state: str, before: Sequence[str], more: Row | None = None) -> Row:
@@ -2497,7 +2521,8 @@ def remove_node(core: Core, node: Row, farewell: str = "an administrator removed
             batch.set("members = members - 1")
         new: Row = {"state": REMOVED, "removed": core.now, "farewell": farewell, **_without_roles(batch, now)}
         new.update(changed=batch.counter, own_changed=batch.counter, since=batch.counter)
-        batch.update("node", new, "id = ? AND state = ?", now["id"], now["state"], must=True)
+        as_read = (now["id"], now["state"], now["ingress"])  # an ingress has clients that go with it
+        batch.update("node", new, "id = ? AND state = ? AND ingress = ?", *as_read, must=True)
         free = {"node": None, "released": core.now}
         batch.update("lease", free, "network = ? AND node = ?", node["network"], now["id"])
         _leave_lists(batch, now)
@@ -2684,12 +2709,15 @@ def _queue(core: Core, network: str, target: str, which: str, *bound: str) -> No
     start_refresh(core, network)
 
 
+NOBODYS_TURN = (
+    "NOT EXISTS (SELECT 1 FROM node WHERE network = ? AND state = 'active' AND refresh IN ('asked', 'listed', 'switching'))"
+)
+
+
 def start_refresh(core: Core, network: str) -> None:
     """Give the first in the queue its turn, unless it is another's. Who was seen lately comes first."""
-    sql = """network = ? AND state = 'active' AND refresh = 'queued' AND NOT EXISTS (SELECT 1 FROM node
-        WHERE network = ? AND state = 'active' AND refresh IN ('asked', 'listed', 'switching'))
-        ORDER BY last_seen < ?, refresh_at, name LIMIT 1"""
-    found = core.store.row(NODE_SELECT + sql, (network, network, core.now - 120))
+    sql = "network = ? AND state = 'active' AND refresh = 'queued' AND %s ORDER BY last_seen < ?, refresh_at, name LIMIT 1"
+    found = core.store.row(NODE_SELECT + composed(sql, NOBODYS_TURN), (network, network, core.now - 120))
     if found is not None:
         node = NodeState._make(found)
         step_refresh(core, node, LISTED if node.next_key else ASKED, core.now)
@@ -2700,7 +2728,9 @@ def step_refresh(core: Core, node: NodeState, state: str, at: int) -> None:
 
     def build() -> Batch | None:
         same = "id = ? AND state = 'active' AND refresh = ? AND refresh_at = ?"
-        seen = (node.id, node.refresh, node.refresh_at)
+        seen: tuple[Any, ...] = (node.id, node.refresh, node.refresh_at)
+        if node.refresh == QUEUED:  # another process may have given another node its turn
+            same, seen = same + " AND " + NOBODYS_TURN, (*seen, node.network)
         if core.store.row(composed("SELECT 1 FROM node WHERE %s", same), seen) is None:
             return None
         batch = NetworkBatch(node.network, core.now)
@@ -2770,7 +2800,10 @@ def create_egress(core: Core, node: Row, ranges: Sequence[str], interface: str =
     interface = interface and agent.check_interface(interface)
 
     def work(network: Row, now: Row, _: NetworkBatch) -> Row:
-        taken = {row[name]: "the range of the network " + row["id"] for row in networks(core) for name in ("range", "range6")}
+        taken = {}
+        for row in networks(core):
+            whose = "the network " + row["id"] if core.caller.may(row["id"]) else "another network"
+            taken.update(dict.fromkeys((row["range"], row["range6"]), "the range of " + whose))
         taken.update(_fixed_places(core, network, now))
         found = check_routes(",".join(ranges), {**taken, **_claims(core, network["id"], now["id"], "egress")})
         if not found:
@@ -2837,7 +2870,9 @@ def clients(core: Core, network: str = "") -> list[Row]:
         gateways = {node["id"]: node for node in core.store.select(Node.select().where(here).order_by(Node.id))}
         routes = [text for node in gateways.values() if node["state"] == ACTIVE for text in egress_ranges(node["egress"])]
         for row in core.store.select(Client.select().where(Client.network == owner["id"]).order_by(Client.name)):
-            gateway = gateways[row["gateway"]]
+            gateway = gateways.get(row["gateway"])
+            if gateway is None:
+                continue  # came or went between the two reads
             config = partial(client_config, owner, gateway, row, routes)
             made = blake2b(config().encode(), digest_size=8).hexdigest()
             kept = row["private"] and core.now < row["keyed"] + KEPT
@@ -2958,10 +2993,13 @@ def check_host_name(text: str) -> str:
     return folded
 
 
-def names(core: Core, network: str = "") -> list[Row]:
+def each_name(core: Core, network: str) -> Iterator[Row]:
     """The names of a network ("": of all); `kind` is node, client or custom."""
-    owner = need_network(core, network)["id"] if network else ""
-    return [dict(zip(("network", "name", "ip", "ip6", "kind"), row)) for row in core.store.rows(NAMES, (owner,))]
+    return (dict(zip(("network", "name", "ip", "ip6", "kind"), row)) for row in core.store.each(NAMES, (network,)))
+
+
+def names(core: Core, network: str = "") -> list[Row]:
+    return list(each_name(core, need_network(core, network)["id"] if network else ""))
 
 
 def need_name(core: Core, network: str, name: str) -> Row:
@@ -3001,7 +3039,7 @@ def write_names(core: Core) -> None:
     """The files for CoreDNS, in the folder `dnsconfig`: those that are not yet as they should be."""
     folder = os.path.join(core.store.folder, "dnsconfig")
     os.makedirs(folder, mode=0o755, exist_ok=True)
-    texts = {"netmaker.hosts": hosts_file(names(core)), "Corefile": corefile(row["id"] for row in networks(core))}
+    texts = {"netmaker.hosts": hosts_file(each_name(core, "")), "Corefile": corefile(row["id"] for row in networks(core))}
     for name, text in texts.items():
         path = os.path.join(folder, name)
         if agent.read_text(path) != text:
@@ -3109,8 +3147,14 @@ class Restored(NamedTuple):
     back: list[Row]
 
 
+def _tables(source: sqlite3.Connection) -> set[str]:
+    return {row[0] for row in source.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+
+
 def _make_new(source: sqlite3.Connection) -> None:
-    """What was captured before a restore must be worth nothing after it, and every node must hear."""
+    """What was captured or revoked before a restore must be worth nothing after it, and every node must hear."""
+    if "session" in _tables(source):  # whether one was revoked since, nobody knows any more
+        source.execute("DELETE FROM session")
     source.execute("UPDATE meta SET value = ? WHERE key = 'incarnation'", (new_incarnation(),))
     for (network,) in source.execute("SELECT id FROM network").fetchall():
         tag = secrets.token_hex(4)
@@ -3156,9 +3200,8 @@ def _fill(copy: sqlite3.Connection, path: str) -> None:
 
 def _take_key(settings: Settings, source: sqlite3.Connection) -> None:
     """Put a backup's server key in its place; without one the present key must be the same."""
-    names = {row[0] for row in source.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
     path = settings.key_file
-    if "server_key" in names:
+    if "server_key" in _tables(source):
         private = str(source.execute("SELECT private FROM server_key").fetchone()[0])
         source.execute("DROP TABLE server_key")
         source.commit()
@@ -3179,8 +3222,8 @@ def open_core_anew(settings: Settings) -> Core:
     return Core(settings, Store(settings.data), ServerKey.load(settings.key_file))
 
 
-def restore(settings: Settings, path: str) -> Restored:
-    """Take over a backup: a new incarnation, and a new word for every network."""
+def restore(settings: Settings, path: str, caller: Caller) -> Restored:
+    """Take over a backup: a new incarnation, a new word for every network, no session and no API token."""
     folder = os.path.dirname(os.path.abspath(settings.key_file))
     make_folder(folder)
     source: sqlite3.Connection = as_caller(partial(_opened_backup, path))
@@ -3197,6 +3240,7 @@ def restore(settings: Settings, path: str) -> Restored:
     finally:
         source.close()
     core = open_core(settings)
+    core.by(caller).change(ListBatch, "server restore")
     now = core.store.select(Node.select().where(Node.state != REMOVED).order_by(Node.name))
     core.store.close()
     back = [node for node in now if had_nodes and node["id"] not in present]

@@ -49,6 +49,7 @@ if "serve" in sys.argv[1:] and os.environ.get("SERVER_BACKEND") == "gevent":
     gevent.monkey.patch_all()
 
 import fcntl
+import gc
 import io
 import ipaddress
 import json
@@ -78,8 +79,6 @@ from urllib.parse import unquote_to_bytes
 
 try:
     import bottle
-    import nacl.exceptions
-    import nacl.pwhash
     import nacl.secret
     import peewee
 except ImportError as missing:
@@ -231,8 +230,6 @@ from netmaker_core import (
     unused_name,
     write_names,
 )
-
-logging.getLogger("peewee").setLevel(logging.INFO)  # statements would come with their values, hashes and capabilities among them
 
 # --------------------------------------------------------------------------------------------------
 # AGENTS
@@ -509,6 +506,8 @@ class Sight:
     def public(self, source: str) -> str:
         found = self._known.get(source)
         if found is None:
+            if len(self._known) > 4096:
+                self._known.clear()
             found = self._known[source] = self._public(source)
         return found
 
@@ -625,7 +624,7 @@ class Agents:
 
     def __init__(self, core: Core, sight: Sight) -> None:
         self.core, self.sight = core, sight
-        self.members = Members(core.store, tell_nameserver(core), lambda: core.clock())
+        self.members = Members(core.store, core.store.meta("nameserver"), lambda: core.clock())
         self.bell = Bell(core.settings["POLL_LIMIT"])
         self.failures = Failures(20, 20 / 60)
         self.interval = core.settings["CHECKIN_INTERVAL"]
@@ -644,7 +643,7 @@ class Agents:
         self.failures.check(now, source)
         if len(body) > MAX_UNPROVEN:
             raise TooLarge("a join has at most %d bytes" % MAX_UNPROVEN)
-        keys = self._join_keys(public, name)
+        keys = self._keys_of(public, name)
         signed = line.rpartition(" ")[0].encode()
         if not is_signed(keys("request mac"), JOIN, signed, body, request_mac):
             self.failures.add(now, source)
@@ -661,7 +660,7 @@ class Agents:
                 self.failures.add(now, source)
             return signer.reply(http_status(problem), {"error": str(problem)})
 
-    def _join_keys(self, public: str, network: str) -> Callable[[str], bytes]:
+    def _keys_of(self, public: str, network: str) -> Callable[[str], bytes]:
         """key(label) of an auth key."""
         raw = unb64_of(public, agent.KEY_BYTES)
         shared = self.core.key.shared(raw)
@@ -719,14 +718,14 @@ class Agents:
         member = self.members.node(node)
         if member is None:
             return self._unknown(who, request, body, source)
-        self._keys(member)
+        self._derive(member)
         if not is_signed(member.request_key, EXCHANGE, signed, body, request_mac):
             raise Denied("the signature is wrong: the request was altered, or is another node's")
         if not self.members.prove(member.mesh):
             return self._unknown(who, request, body, source)
         member = self.members.nodes.get(node, member)
-        self._keys(member)  # a network that was read anew has them no more
-        box = partial(self._box, member) if mode == "s" else None
+        self._derive(member)  # a network that was read anew has them no more
+        box = partial(nacl.secret.SecretBox, member.seal_key) if mode == "s" else None
         interval = member.mesh.state.interval or self.interval
         now = self.core.clock()
         signer = Signer(member.answer_key, request_mac, box, source, int(now), interval)
@@ -738,18 +737,12 @@ class Agents:
         except (ServerError, Invalid, BadAnswer) as problem:
             return signer.reply(http_status(problem), {"error": str(problem)})
 
-    def _keys(self, member: Member) -> None:
-        """A node's keys, derived at its first exchange with this process."""
+    def _derive(self, member: Member) -> None:
+        """A node's keys, at its first exchange with this process."""
         if not member.request_key:
-            keys = self._join_keys(member.row.auth, member.row.network)
-            member.answer_key = keys("answer mac")
-            member.request_key = keys("request mac")
-
-    def _box(self, member: Member) -> Any:
-        if member.box is None:
-            keys = self._join_keys(member.row.auth, member.row.network)
-            member.box = nacl.secret.SecretBox(keys("seal"))
-        return member.box
+            keys = self._keys_of(member.row.auth, member.row.network)
+            member.answer_key, member.seal_key = keys("answer mac"), keys("seal")
+            member.request_key = keys("request mac")  # last: it says that all are there
 
     def _unknown(self, who: str, request: Request, body: bytes, source: str) -> Reply:
         """No such node: said so that it proves itself, where the client gives what that takes."""
@@ -761,7 +754,7 @@ class Agents:
         now = self.core.clock()
         self.failures.check(now, source)
         self.failures.add(now, source)
-        keys = self._join_keys(public, network)
+        keys = self._keys_of(public, network)
         if not is_signed(keys("request mac"), EXCHANGE, request.signed, body, request.mac):
             raise Denied("the signature is wrong: the request was altered, or is another node's")
         box = (lambda: nacl.secret.SecretBox(keys("seal"))) if request.mode == "s" else None
@@ -1009,6 +1002,7 @@ class Agents:
         batch = self.members.dirty()
         if batch:
             self.core.store.write_behind(batch)
+        self.members.forget_removed()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1181,6 +1175,7 @@ def _open_session(core: Core, owner: str, values: Row, action: str) -> Row:
         batch.when("NOT EXISTS (SELECT 1 FROM session WHERE owner = ? AND name = ? AND name != '')", owner, row["name"])
         batch.delete("session", "expires <= ?", core.now)
         batch.insert("session", row)
+        batch.note = told({name: row[name] for name in ("write", "networks") if row["name"]})
         return batch
 
     core.change(build, action, "", row["name"] or owner)
@@ -1216,6 +1211,8 @@ def add_api_token(core: Core, owner: str, values: Row) -> Row:
     if "name" not in values:
         raise Invalid("name is missing: how is this token to be called?")
     for name in filter(None, values.get("networks", "").split(",")):
+        if not core.caller.may(name):
+            raise Missing("%s has no network %s" % (core.caller.name, name))
         need_network(core, name)
     return _open_session(core, need_user(core, owner)["name"], values, "token add")
 
@@ -1813,7 +1810,7 @@ class Web:
         length = environ.get("CONTENT_LENGTH") or ("" if "HTTP_TRANSFER_ENCODING" in environ else "0")
         if not length:  # waitress has it even of chunks
             raise Invalid("the body has no Content-Length, which is needed here")
-        if not length.isdigit() or int(length) > limit:
+        if not length.isdecimal() or int(length) > limit:
             raise TooLarge("the body is larger than %d bytes" % limit)
         return bytes(environ["wsgi.input"].read(int(length))) if int(length) else b""
 
@@ -2185,6 +2182,8 @@ def client_file(call: Call) -> Any:
     kinds = {"file": "text/plain; charset=utf-8", "qr": "image/png", "svg": "image/svg+xml"}
     if form not in kinds:
         raise Missing("there is %s of a client, not %s" % (", ".join(kinds), form))
+    if not call.core.caller.may_write:
+        raise Denied("this API token may only read, and there are keys in a client's configuration")
     bottle.response.set_header("Cache-Control", "no-store")
     if form == "file":
         bottle.response.set_header("Content-Disposition", 'attachment; filename="%s.conf"' % row["name"])
@@ -2896,8 +2895,8 @@ def _terminate(number: int, frame: object) -> NoReturn:
     raise SystemExit(0)
 
 
-def serve(settings: Settings, out: Callable[[str], None], new_key: bool = False) -> None:
-    """Run the server until it is told to stop."""
+def serve(settings: Settings, out: Callable[[str], None], new_key: Caller | None = None) -> None:
+    """Run the server until it is told to stop. `new_key`: who gives up the lost one."""
     run = backend(settings)
     make_folder(settings.data)
     held = lock_folder(settings.data)
@@ -2908,14 +2907,22 @@ def serve(settings: Settings, out: Callable[[str], None], new_key: bool = False)
             ports = dict.fromkeys(filter(None, (settings["API_PORT"], settings["GRPC_PORT"])))
             socks = [open_.enter_context(listener(settings["SERVER_BIND"], port)) for port in ports]
             if new_key:
-                out("a new key; access keys that the old one sealed, removed: %d" % give_up_key(settings))
+                out("a new key; access keys that the old one sealed, removed: %d" % give_up_key(settings, new_key))
             _serve(open_core(settings), socks, run, out)
     finally:
         os.close(held)
 
 
+def collect_often() -> None:
+    """Closed connections are cycles of objects: free them soon, looking only at what was not there from the start."""
+    gc.freeze()
+    gc.collect()  # the share of new objects at which Python looks at all is that of those counted here
+    gc.set_threshold(300, 3, 1)
+
+
 def _serve(core: Core, socks: Sequence[socket.socket], run: Callable[..., None], out: Callable[[str], None]) -> None:
     core.store.set_meta("urls", " ".join(own_urls(core.settings)))
+    tell_nameserver(core)
     agents = Agents(core, Sight(core.settings))
     keeper = Housekeeping(agents)
     signal.signal(signal.SIGTERM, _terminate)
@@ -2926,8 +2933,10 @@ def _serve(core: Core, socks: Sequence[socket.socket], run: Callable[..., None],
     if code:
         out("no administrator yet; the setup code for the first one: %s" % code)
     keeper.start()
+    app = make_app(agents)
+    collect_often()
     try:
-        run(make_app(agents), socks, core.settings["POLL_LIMIT"])
+        run(app, socks, core.settings["POLL_LIMIT"])
     except (KeyboardInterrupt, SystemExit):
         pass
     finally:
@@ -2943,8 +2952,8 @@ def _serve(core: Core, socks: Sequence[socket.socket], run: Callable[..., None],
 class InProcess:
     """The application, called without a socket by who may read the data folder: an administrator."""
 
-    def __init__(self, core: Core, name: str) -> None:
-        self.core, self.caller = core, Caller(name, "this host")
+    def __init__(self, core: Core, caller: Caller) -> None:
+        self.core, self.caller = core, caller
         self.app = make_app(Agents(core, Sight(core.settings)))
 
     def call(self, method: str, path: str, body: Any) -> netmaker_admin.Answer:
@@ -2978,6 +2987,8 @@ class Local:
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         self.environment = environment
+        name = environment.get("SUDO_USER") or environment.get("USER") or "root"
+        self.caller = Caller(name, "this host")
         self.settings = [(each.name, each.default, each.help) for each in SETTINGS]
         self.commands = {"serve": self.serve, "backup": self.backup, "restore": self.restore, "check": self.check}
 
@@ -2993,11 +3004,10 @@ class Local:
         return settings
 
     def open(self, args: Any) -> InProcess:
-        name = self.environment.get("SUDO_USER") or self.environment.get("USER") or "root"
-        return InProcess(open_core(self._settings(args, REST_BACKEND="on"), args.command.founds), name)
+        return InProcess(open_core(self._settings(args, REST_BACKEND="on"), args.command.founds), self.caller)
 
     def serve(self, args: Any) -> netmaker_admin.Printed:
-        serve(self._settings(args), write, args.new_key)
+        serve(self._settings(args), write, self.caller if args.new_key else None)
         return netmaker_admin.Printed(None, [])
 
     def backup(self, args: Any) -> netmaker_admin.Printed:
@@ -3015,11 +3025,11 @@ class Local:
         make_folder(settings.data)
         held = lock_folder(settings.data)
         try:
-            done = restore(settings, args.file)
+            done = restore(settings, args.file, self.caller)
         finally:
             os.close(held)
         back = ["%s (%s, network %s)" % (node["name"], node["id"], node["network"]) for node in done.back]
-        lines = ["restored: %d nodes" % done.nodes]
+        lines = ["restored: %d nodes; all sessions and API tokens have ended" % done.nodes]
         lines += ["removed since the backup and back in now: " + each for each in back]
         return netmaker_admin.Printed({"nodes": done.nodes, "back": [node["id"] for node in done.back]}, lines)
 

@@ -276,6 +276,14 @@ def test_without_segno_a_sentence(core, gateway, monkeypatch):
         netmaker_core.picture_of(again(core, row), "png")
 
 
+def test_a_client_whose_gateway_is_not_there_yet_is_not_shown(core, gateway):
+    """Gateways are read before clients; another process may have changed both in between."""
+    netmaker_core.add_client(core, gateway, {})
+    core.store.writer.execute_sql("UPDATE node SET ingress = 0")
+    assert netmaker_core.clients(core) == []
+    core.store.writer.execute_sql("UPDATE node SET ingress = 1")
+
+
 # ---- over HTTP
 
 

@@ -282,6 +282,32 @@ def test_a_user_sees_nothing_of_other_networks(world: World) -> None:
     assert {row["network"] for row in world.carol.get("/api/audit")} == {"default"}
 
 
+def test_no_refusal_tells_of_other_networks(world: World) -> None:
+    path = "/api/nodes/default/%s/creategateway" % world.node.node
+    said = world.carol.call("POST", path, {"ranges": ["10.99.0.0/16"]})
+    assert said.status == 409 and "the range of another network" in said.sentence and "other:" not in said.sentence
+    assert "the range of the network other" in world.admin.call("POST", path, {"ranges": ["10.99.0.0/16"]}).sentence
+    asked = [world.carol.call("POST", "/api/users/carol/tokens", {"name": n, "networks": n}) for n in ("other", "nothing-here")]
+    assert [said.status for said in asked] == [404, 404]
+    assert asked[0].sentence.replace("other", "nothing-here") == asked[1].sentence
+
+
+def test_who_may_only_read_gets_no_key_of_a_client(world: World) -> None:
+    token = api_token(world.home, "root", "reader", write=False)
+    assert token.get("/api/extclients/default/phone")["privatekey"] == ""
+    for form in ("file", "qr", "svg"):
+        assert token.call("GET", "/api/extclients/default/phone/" + form).status == 403
+    assert world.admin.call("GET", "/api/extclients/default/phone/file").status == 200
+
+
+def test_what_a_key_or_token_may_stands_in_the_log(world: World) -> None:
+    world.admin.good("POST", "/api/networks/default/keys", {"name": "short", "uses": 3})
+    made = world.admin.good("POST", "/api/users/carol/tokens", {"name": "ci", "scope": "read", "networks": "default"})
+    log = {row["action"]: row for row in reversed(world.admin.get("/api/audit"))}
+    assert log["key add"]["detail"] == "uses=3 expires=never"
+    assert log["token add"]["detail"] == "write=0 networks=default" and made["value"] not in str(log)
+
+
 def test_nodes_are_found_in_their_own_network_only(world: World) -> None:
     """CVE-2026-29194: the path's network is allowed, the node is another's."""
     before = rows(world.home)
@@ -482,7 +508,21 @@ def test_endless_tries_take_no_memory(world: World) -> None:
         web.sources.add(float(number), "2001:db8:%x:%x::1" % divmod(number, 65536))
         web.names.add(float(number), "name-%d" % number)
         web._canonical("198.51.%d.%d" % divmod(number, 256))
+        web.agents.sight.public("198.51.%d.%d" % divmod(number, 256))
     assert max(map(len, (web.sources.buckets, web.names.buckets))) <= 10001 and len(web._sources) <= 4097
+    assert len(web.agents.sight._known) <= 4097
+
+
+def test_nodes_that_are_gone_take_no_memory(home: Server, clock: Clock) -> None:
+    node = Client(home).join(home.key())
+    node.exchange()
+    netmaker_core.remove_node(home.core, home.node(node))
+    assert node.exchange().status == 410
+    clock.now += 3601
+    home.agents.flush()
+    assert home.agents.members.nodes == {} == home.agents.members.looks
+    assert node.exchange().status == 410 and node.exchange({"confirm": True}).status == 410
+    assert home.core.store.rows("SELECT 1 FROM node") == []
 
 
 def test_a_long_log_is_not_read_at_once(world: World) -> None:

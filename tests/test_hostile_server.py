@@ -41,6 +41,14 @@ def test_have_odd(home):
     assert posted(home, line, client.source) == 200
 
 
+def test_an_odd_length_is_a_refusal(home):
+    """Web servers differ in what they let through: this digit is none to int."""
+    said = []
+    environ = {"REQUEST_METHOD": "POST", "PATH_INFO": "/api/users/adm/authenticate", "CONTENT_LENGTH": "\u00b2"}
+    home.app(environ, lambda status, *_: said.append(status))
+    assert said == ["413 Request Entity Too Large"]
+
+
 def test_a_stranger_parks_no_poll(home):
     began = time.monotonic()
     said = home.get(agent.LOOK_PATH + "nobody?have=!&wait=2")[2]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The shape of the three files: sections in the order of the contents, each on what stands above it, effects where they belong.
+"""The shape of the four files: sections in the order of the contents, each on what stands above it, effects where they belong.
 
 What a section may do stands in the table RULES, one row for each file.
 """
@@ -59,7 +59,20 @@ NOT_LIGHT = (
 
 SERVER_IMPORTS = (
     *LIGHT,
-    *("base64", "bisect", "collections", "functools", "heapq", "io", "itertools", "logging", "random", "resource", "secrets"),
+    *(
+        "base64",
+        "bisect",
+        "collections",
+        "functools",
+        "gc",
+        "heapq",
+        "io",
+        "itertools",
+        "logging",
+        "random",
+        "resource",
+        "secrets",
+    ),
     *("shutil", "socketserver", "sqlite3", "types", "urllib.parse", "wsgiref.simple_server", "netclient_lite"),
 )
 RULES = {
@@ -415,7 +428,7 @@ def test_the_agent_imports_what_may_be_missing_inside_functions_alone():
 
 
 def test_the_command_line_stands_alone():
-    """On a laptop there is neither the server's file nor what that needs, nor need there be requests or segno."""
+    """On a laptop there is neither the server's files nor what those need, nor need there be requests or segno."""
     missing = ("netmaker_lite", "netclient_lite", "bottle", "peewee", "nacl", "requests", "segno")
     code = """
 import sys

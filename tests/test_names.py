@@ -185,6 +185,19 @@ def test_agents_hear_of_the_nameserver(tmp_path, clock):
     core.store.close()
 
 
+def test_the_command_line_tells_nobody_of_a_nameserver(tmp_path, clock):
+    """It need not have the server's environment."""
+    core = make_core(str(tmp_path), clock, COREDNS_ADDR="10.20.30.1")
+    netmaker_core.add_network(core, "default", {"range": "10.20.30.0/24"})
+    netmaker_core.tell_nameserver(core)
+    before = core.store.word("default")
+    here = server.InProcess(make_core(str(tmp_path), clock), netmaker_core.Caller("ann"))
+    assert here.call("GET", "/api/networks", None).status == 200
+    here.close()
+    assert core.store.word("default") == before and core.store.meta("nameserver") == "10.20.30.1"
+    core.store.close()
+
+
 # ---- the files
 
 

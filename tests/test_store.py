@@ -10,12 +10,16 @@ import stat
 import threading
 from pathlib import Path
 
+import meshkit
 import pytest
+from restkit import Rest, api_token, make_user
 from serverkit import Client, Clock, Server, make_core, wireguard_key
 
 import netmaker_core
 import netmaker_lite as server
 from netclient_lite import Invalid, b64, parse_token
+
+CONSOLE = netmaker_core.Caller("ann", "this host")
 
 
 @pytest.fixture
@@ -110,6 +114,47 @@ def test_only_one_process_wins_when_another_upsets(core, tmp_path):
     core.store.change(build)
     assert len(builds) == 2
     other.store.close()
+
+
+def upset_once(core, monkeypatch, other):
+    """Another process' change comes between a change's look and its commit."""
+    apply = core.store.apply
+
+    def late(batch):
+        monkeypatch.setattr(core.store, "apply", apply)
+        other()
+        return apply(batch)
+
+    monkeypatch.setattr(core.store, "apply", late)
+
+
+def test_a_name_given_away_meanwhile_is_not_given_twice(core, monkeypatch):
+    upset_once(core, monkeypatch, lambda: netmaker_core.set_name(core, "default", "", {"name": "nas", "ip": "192.0.2.7"}))
+    made = netmaker_core.add_node(core, "default", {"name": "nas", "key": wireguard_key()})
+    assert made["name"] == "nas-2"
+
+
+def test_clients_that_come_while_their_gateway_goes_go_too(core, monkeypatch):
+    node = meshkit.join(core, "gw")
+
+    def let_in():
+        netmaker_core.create_ingress(core, node)
+        netmaker_core.add_client(core, node, {"name": "phone"})
+
+    upset_once(core, monkeypatch, let_in)
+    netmaker_core.remove_node(core, node)
+    assert netmaker_core.clients(core) == [] and netmaker_core.check(core) == []
+
+
+def test_of_two_processes_one_gives_a_node_its_turn_to_refresh(core):
+    nodes = [meshkit.join(core, name) for name in ("one", "two")]
+    core.store.writer.execute_sql("UPDATE node SET refresh = 'queued', confirmed = 1")
+    members = netmaker_core.Members(core.store)
+    for node in nodes:  # both were seen waiting
+        members.node(node["id"])
+    for node in nodes:
+        netmaker_core.step_refresh(core, members.nodes[node["id"]].row, netmaker_core.ASKED, core.now)
+    assert [netmaker_core.need_node(core, "default", node["id"])["refresh"] for node in nodes] == ["asked", "queued"]
 
 
 # ---- joins
@@ -233,6 +278,13 @@ def test_a_range_change_readdresses_every_node_at_once(core):
     assert netmaker_core.check(core) == []
 
 
+def test_a_wish_that_a_new_range_leaves_out_hinders_no_approval(core):
+    netmaker_core.set_network(core, "default", {"manual": True})
+    node = netmaker_core.join(core, joining(core, "", 1, ip="10.20.30.77"))
+    netmaker_core.set_network(core, "default", {"range": "10.66.0.0/24"})
+    assert netmaker_core.approve(core, node)["ip"] == "10.66.0.1"
+
+
 def test_a_network_with_nodes_stays(core):
     key = netmaker_core.add_key(core, "default", uses=None)
     node = netmaker_core.join(core, joining(core, key["id"], 1))
@@ -318,13 +370,14 @@ def test_a_lost_server_key_is_not_made_anew_unasked(tmp_path):
     netmaker_core.add_key(core, "default")
     core.store.close()
     with pytest.raises(netmaker_core.Clash, match="move it away first"):
-        netmaker_core.give_up_key(core.settings)
+        netmaker_core.give_up_key(core.settings, CONSOLE)
     os.unlink(tmp_path / "server.key")
     with pytest.raises(netmaker_core.ServerError, match=r"is missing: restore it .*serve --new-key, and every agent joins again"):
         make_core(str(tmp_path))
     assert not (tmp_path / "server.key").exists()
-    assert netmaker_core.give_up_key(core.settings) == 1
+    assert netmaker_core.give_up_key(core.settings, CONSOLE) == 1
     again = make_core(str(tmp_path))
+    assert again.store.rows("SELECT who, action, detail FROM audit")[-1] == ("ann", "server new key", "access keys removed: 1")
     assert again.key.pin != core.key.pin and again.store.meta("pin") == b64(again.key.pin)
     assert netmaker_core.access_keys(again, "default") == [] and netmaker_core.check(again) == []
     again.store.close()
@@ -437,7 +490,9 @@ def test_backup_and_restore(tmp_path, clock):
     one, two = Client(home).join(key), Client(home, source="198.51.100.2").join(key)
     one.exchange()
     two.exchange()
+    bearers = make_user(home, "root", admin=True), api_token(home, "root")
     netmaker_core.backup(home.core, str(tmp_path / "copy"), False)
+    server.remove_api_token(home.core, "root", "script")
     netmaker_core.remove_node(home.core, home.node(two))
     three = Client(home, source="198.51.100.3").join(key)
     for client in (one, three):
@@ -446,11 +501,14 @@ def test_backup_and_restore(tmp_path, clock):
     incarnation = home.core.store.incarnation
     home.stop()
 
-    done = netmaker_core.restore(home.core.settings, str(tmp_path / "copy"))
+    done = netmaker_core.restore(home.core.settings, str(tmp_path / "copy"), CONSOLE)
     assert done.nodes == 2 and [node["id"] for node in done.back] == [two.node]
     again = Server(str(tmp_path / "data"), clock)
     assert again.core.store.incarnation != incarnation
     assert netmaker_core.check(again.core) == []
+    for bearer in bearers:  # one of them was revoked after the backup, and nobody knows which
+        assert Rest(again, bearer.bearer).call("GET", "/api/networks").status == 401
+    assert again.core.store.rows("SELECT who, source, action FROM audit")[-1] == ("ann", "this host", "server restore")
     one.home = three.home = again
     assert one.send(*captured).status == 409
     said = one.exchange()
@@ -475,8 +533,8 @@ def test_a_backup_with_the_key_stands_alone(tmp_path):
     core.store.close()
     other = netmaker_core.Settings({}, {"NETMAKER_DATA": str(tmp_path / "two")})
     with pytest.raises(netmaker_core.Clash, match="another server key"):
-        netmaker_core.restore(other, str(tmp_path / "without"))
-    netmaker_core.restore(other, str(tmp_path / "with"))
+        netmaker_core.restore(other, str(tmp_path / "without"), CONSOLE)
+    netmaker_core.restore(other, str(tmp_path / "with"), CONSOLE)
     restored = make_core(str(tmp_path / "two"))
     assert restored.key.pin == core.key.pin
     assert "server_key" not in restored.store.writer.get_tables()
@@ -489,9 +547,25 @@ def test_what_is_no_backup_is_refused(tmp_path, content):
     (tmp_path / "file").write_bytes(content)
     settings = netmaker_core.Settings({}, {"NETMAKER_DATA": str(tmp_path / "data")})
     with pytest.raises(Invalid, match="no backup"):
-        netmaker_core.restore(settings, str(tmp_path / "file"))
+        netmaker_core.restore(settings, str(tmp_path / "file"), CONSOLE)
     with pytest.raises(Invalid, match="cannot read"):
-        netmaker_core.restore(settings, str(tmp_path / "nothing"))
+        netmaker_core.restore(settings, str(tmp_path / "nothing"), CONSOLE)
+
+
+def test_a_backup_of_the_first_release_is_restored(tmp_path):
+    """Its tables are fewer; they are brought up to date on the way."""
+    file = sqlite3.connect(tmp_path / "copy")
+    file.executescript((Path(__file__).parent / "data/schema-1.sql").read_text())
+    key = netmaker_core.new_private()
+    file.execute("CREATE TABLE server_key (private TEXT NOT NULL)")
+    file.execute("INSERT INTO server_key VALUES (?)", (b64(key),))
+    file.commit()
+    file.close()
+    settings = netmaker_core.Settings({}, {"NETMAKER_DATA": str(tmp_path / "data")})
+    assert netmaker_core.restore(settings, str(tmp_path / "copy"), CONSOLE).nodes == 1
+    core = make_core(str(tmp_path / "data"))
+    assert core.key.private == key and core.store.rows("SELECT action FROM audit") == [("server restore",)]
+    core.store.close()
 
 
 @pytest.mark.parametrize(
