@@ -197,7 +197,8 @@ class Remote:
                 "the certificate of %s is not to be trusted (%s): %s" % (self.url, innermost(problem), cure)
             ) from problem
         except self.errors.Timeout as problem:
-            raise Failed("%s does not answer: is the server running, and reachable from here?" % self.url) from problem
+            cure = "is the server running, reachable from here, and does it speak %s?" % self.url.partition(":")[0]
+            raise Failed("%s does not answer: %s" % (self.url, cure)) from problem
         except (self.errors.RequestException, ValueError) as problem:
             cure = "is the server running, and the URL right?"
             raise Failed("cannot reach %s (%s): %s" % (self.url, innermost(problem), cure)) from problem
@@ -795,7 +796,7 @@ COMMANDS = (
         "make a user; the password is asked for, or read from standard input",
         "POST /api/users/{user}",
         (
-            arg("user", field="username", metavar="NAME", help="3 to 40 letters, digits, '.', '-' or '@'"),
+            arg("user", field="username", metavar="NAME", help="3 to 40 letters, digits, '.', '@', '_', '+' or '-'"),
             arg("--admin", field="isadmin", action="store_true", help="may do everything"),
             arg("--network", field="networks", metavar="N", kind="network", action="append", help="may manage it; repeatable"),
         ),
@@ -1314,8 +1315,8 @@ def connect(args: Args, environment: Mapping[str, str], local: Local | None) -> 
 
 def ask_password(user: str) -> str:
     """A password from the terminal, twice; from standard input where that is none."""
-    if not sys.stdin.isatty():
-        password = sys.stdin.readline().rstrip("\r\n")
+    if not (sys.stdin and sys.stdin.isatty()):  # None: it is closed
+        password = sys.stdin.readline().rstrip("\r\n") if sys.stdin else ""
         if not password:
             raise Failed("there is no password on standard input: give it as one line, or run this in a terminal", 2)
         return password
@@ -1389,7 +1390,15 @@ def run_command(command: Command, args: Args, environment: Mapping[str, str], lo
 
 def show(printed: Printed, as_json: bool) -> None:
     lines = [json.dumps(printed.value, indent=2)] if as_json and printed.value is not None else printed.lines
-    sys.stdout.write("".join(line + "\n" for line in lines))
+    try:
+        if sys.stdout:  # None: it is closed
+            sys.stdout.write("".join(line + "\n" for line in lines))
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as problem:  # a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        raise Failed("done, but its output cannot be written: %s" % problem.strerror) from problem
 
 
 def run(argv: Sequence[str], environment: Mapping[str, str], local: Local | None) -> int:
@@ -1408,9 +1417,7 @@ def run(argv: Sequence[str], environment: Mapping[str, str], local: Local | None
 def main(argv: Sequence[str] | None = None, environment: Mapping[str, str] = os.environ, local: Local | None = None) -> int:
     """The command line: the exit status. `local`: what there is on the server's own host."""
     try:
-        status = run(sys.argv[1:] if argv is None else argv, environment, local)
-        sys.stdout.flush()
-        return status
+        return run(sys.argv[1:] if argv is None else argv, environment, local)
     except Failed as problem:
         sys.stderr.write("netmaker-lite: %s\n" % printable(str(problem)))
         return problem.status

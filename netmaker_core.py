@@ -1932,7 +1932,8 @@ def _own_key(settings: Settings, store: Store) -> ServerKey:
 def open_core(settings: Settings, make: bool = True) -> Core:
     """The data folder of these settings; with `make` it is made where it is not there yet."""
     if not make and not is_there(os.path.join(settings.data, DATABASE_FILE)):
-        raise Missing("there is no database in %s: name the server's folder with --data" % settings.data)
+        cure = "name the server's folder with --data, or begin with `netmaker-lite serve`"
+        raise Missing("there is no database in %s: %s" % (settings.data, cure))
     store = Store(settings.data)
     try:
         return Core(settings, store, _own_key(settings, store))

@@ -1376,9 +1376,15 @@ def check_static(text: str) -> str:
 
 def check_until(text: str) -> int:
     """Unix time, or a time from now like 24h."""
-    if text.isdigit():
-        return Whole(1, 1 << 40)(text)
-    return int(time.time()) + check_lifetime(text)
+    return unix_time(text) if text.isdigit() else int(time.time()) + check_lifetime(text)
+
+
+def unix_time(text: str) -> int:
+    """Unix time; a small number is a time from now whose unit was forgotten."""
+    then = Whole(1, 1 << 40)(text)
+    if then < 10**9:
+        raise Invalid("%d has no unit: a number and s, m, h, d or w, like 24h, or unix time" % then)
+    return then
 
 
 def check_silence(text: str) -> int:
@@ -1840,7 +1846,7 @@ class Web:
         if found is None:
             return Caller("nobody", self.source(), frozenset(), False)
         if not found.may_write and route.method != "GET":
-            raise Denied("this API token may only read")
+            raise Denied("this API token may only read: take one of scope write")
         own = found.networks is None
         if route.role == "network":
             own = found.may(path["n"])
@@ -1904,9 +1910,14 @@ class Web:
         bottle.response.set_header("X-Total-Count", str(len(rows)))
         if "page" not in query and "per_page" not in query:
             return rows[:]
-        size = Whole(1, PER_PAGE)(query.get("per_page", "100"))
-        first = (Whole(1, 1 << 31)(query.get("page", "1")) - 1) * size
-        return rows[first : first + size]
+        try:
+            name = "per_page"
+            size = Whole(1, PER_PAGE)(query.get(name, "100"))
+            name = "page"
+            page = Whole(1, 1 << 31)(query.get(name, "1"))
+        except Invalid as bad:
+            raise Invalid("%s %s" % (name, bad)) from bad
+        return rows[(page - 1) * size : page * size]
 
     def at_home(self) -> bool:
         """Whether a request comes from this very host, not through a proxy on it nor from a foreign page in its browser."""
@@ -2054,7 +2065,7 @@ def new_key(call: Call) -> Any:
     end = values.get("expires") or values.get("expiration")
     lifetime = end - int(time.time()) if end else None
     if lifetime is not None and lifetime <= 0:
-        raise Invalid("expires: that time is over")
+        raise Invalid("expires: that time is over: a time from now is like 24h")
     return view_key(add_key(call.core, call.path["n"], values.get("name", ""), values.get("uses", 1), lifetime))
 
 
@@ -2339,7 +2350,7 @@ def delete_token(call: Call) -> Any:
 
 def get_audit(call: Call) -> Any:
     since = call.query.get("since") or "0"
-    start = call.core.now - check_lifetime(since) if since[-1].isalpha() else Whole(0, 1 << 53)(since)
+    start = 0 if since == "0" else unix_time(since) if since.isdigit() else call.core.now - check_lifetime(since)
     return AuditLog(call.core, call.query.get("network", ""), start)
 
 

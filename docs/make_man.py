@@ -212,7 +212,7 @@ def cli_md() -> str:
     for command in admin.SHOWN:
         noun = command.words.rpartition(" ")[0].split(" ")[0]
         if noun != head:
-            lines += ["## " + (admin.NOUNS.get(noun, "the server")).capitalize(), ""]
+            lines += ["## " + sentence(admin.NOUNS.get(noun, "the server"))[:-1], ""]
         head = noun
         lines += command_section(command)
     lines += settings_table("Keys of a network", admin.NETWORK_SETTINGS)

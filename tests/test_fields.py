@@ -419,6 +419,7 @@ def test_queries_are_bounded(world: World, name: str) -> None:
                 refused(world.admin.call("GET", "%s?%s=%s" % (path, name, value)))
     assert world.admin.call("GET", "/api/networks?page=2147483648&per_page=1000").value == []
     assert world.admin.call("GET", "/api/audit?since=999999w&since=1h").status == 200
+    assert world.admin.call("GET", "/api/nodes?per_page=9999").value["Message"].startswith("per_page takes")
 
 
 def test_pages_are_the_whole_list(world: World) -> None:

@@ -224,7 +224,8 @@ def test_a_misspelt_folder_makes_no_database(run, tmp_path):
     for words in ("network list", "key add home", "node list home", "backup %s" % (tmp_path / "copy"), "check"):
         status, out, err = run(words + " --data %s" % (tmp_path / "typo"))
         assert (status, out) == (1, "")
-        assert err == "netmaker-lite: there is no database in %s: name the server's folder with --data\n" % (tmp_path / "typo")
+        cure = "name the server's folder with --data, or begin with `netmaker-lite serve`"
+        assert err == "netmaker-lite: there is no database in %s: %s\n" % (tmp_path / "typo", cure)
     assert os.listdir(tmp_path) == []
 
 
@@ -484,7 +485,7 @@ def test_the_same_commands_from_elsewhere(node, run, done, monkeypatch):
     read = done("user apitoken add ada eyes --scope read")["value"]
     assert run("node list default", **{**api, "NETMAKER_TOKEN": read})[0] == 0
     status, _, err = run("node remove default front", **{**api, "NETMAKER_TOKEN": read})
-    assert (status, err) == (1, "netmaker-lite: this API token may only read\n")
+    assert (status, err) == (1, "netmaker-lite: this API token may only read: take one of scope write\n")
     run("user apitoken remove ada laptop")
     status, _, err = run("node list default", **api)
     assert status == 1 and "does not know this token" in err
@@ -501,3 +502,19 @@ def test_who_changed_what_on_this_host(run, done):
     assert (entry["who"], entry["source"], entry["action"], entry["network"]) == ("ann", "this host", "network add", "home")
     assert "network add" in run("audit --since 1h")[1]
     assert run("audit --since soon")[2] == "netmaker-lite: 'soon' is no time: a number and s, m, h, d or w, like 24h\n"
+
+
+def test_a_time_without_its_unit_expels_no_node(node, run, done):
+    for words in ("node set default node expires=30", "key add default --expires 24", "audit --since 24"):
+        status, _, err = run(words)
+        assert status == 2 and "has no unit" in err, words
+    assert done("node show default node")["expdatetime"] == 0
+
+
+@pytest.mark.parametrize("how, status", (("<&-", 2), (">&-", 0), (">/dev/full", 1)))
+def test_closed_streams_and_full_disks_have_their_sentence(tmp_path, how, status):
+    words = "user add bob" if how == "<&-" else "network add home --range 10.1.2.0/24"
+    script = '"$0" "$1" %s --data "$2" %s' % (words, how)
+    argv = ("sh", "-c", script, sys.executable, str(Path(server.__file__)), str(tmp_path / "data"))
+    found = subprocess.run(argv, stderr=subprocess.PIPE, encoding="utf-8", timeout=60)
+    assert found.returncode == status and len(found.stderr.splitlines()) <= 1, found.stderr
