@@ -1041,6 +1041,9 @@ class Store:
             self.close()
             if isinstance(problem, PermissionError) or not isinstance(problem, (OSError, peewee.PeeweeException)):
                 raise
+            if type(problem) is peewee.DatabaseError:  # what SQLite says of a file that it cannot read as its own
+                sentence = "%s is damaged (%s): put a backup in its place (move it away, then netmaker-lite restore FILE)"
+                raise ServerError(sentence % (self.path, problem)) from problem
             raise ServerError(
                 "cannot use the data folder %s (%s): run as its owner, or name another by --data" % (folder, problem)
             ) from problem

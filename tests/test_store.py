@@ -480,6 +480,15 @@ def test_a_database_of_the_first_release_is_brought_up_to_date(tmp_path):
     core.store.close()
 
 
+def test_a_damaged_database_is_called_so(tmp_path):
+    make_core(str(tmp_path)).store.close()
+    for leftover in tmp_path.glob("netmaker.db-*"):
+        leftover.unlink()
+    (tmp_path / "netmaker.db").write_bytes(b"no database, but long enough to be taken for one" * 100)
+    with pytest.raises(netmaker_core.ServerError, match="is damaged .* restore FILE"):
+        make_core(str(tmp_path))
+
+
 # ---- backup, restore, check
 
 
