@@ -485,7 +485,7 @@ def test_a_damaged_database_is_called_so(tmp_path):
     for leftover in tmp_path.glob("netmaker.db-*"):
         leftover.unlink()
     (tmp_path / "netmaker.db").write_bytes(b"no database, but long enough to be taken for one" * 100)
-    with pytest.raises(netmaker_core.ServerError, match="is damaged .* restore FILE"):
+    with pytest.raises(netmaker_core.ServerError, match=r"is damaged .* restore FILE"):
         make_core(str(tmp_path))
 
 
