@@ -1168,6 +1168,8 @@ def parse_me(me: Any) -> Row:
         clean[kind] = me.get(kind, usual) is True
     clean["deny"] = [str(node) for node in me.get("deny", ())]
     clean["interface"] = check_interface(me.get("interface") or "nm-")
+    if me.get("localrange"):
+        clean["localrange"] = str(ipaddress.ip_network(me["localrange"]))
     return clean
 
 
@@ -2343,10 +2345,11 @@ class Node:
         }
 
     def _local_address(self) -> str:
-        """The address in the own LAN: in --localrange, else the one that the server is talked to from, else any."""
+        """The address in the own LAN: in --localrange or the network's, else the one that the server sees, else any."""
         found = [text.split("/")[0] for text in self.place.subnets]
-        if self.config.localrange:
-            found = [address for address in found if inside(address, [self.config.localrange])]
+        wanted = self.config.localrange or self.memory.view.me.get("localrange")
+        if wanted:
+            found = [address for address in found if inside(address, [wanted])]
         if self.session.own in found:
             return self.session.own
         before = str(self.memory.facts.get("local", ""))

@@ -1240,6 +1240,7 @@ class NetworkState(NamedTuple):
     punch: bool
     is_local: bool
     names: int = 0
+    local_range: str = ""
 
     @property
     def word(self) -> str:
@@ -1396,6 +1397,7 @@ def own_settings(node: NodeState, network: NetworkState, clients: Iterable[Clien
         "ingress": node.ingress and {"clients": [{k: v for k, v in each._asdict().items() if v} for each in clients]},
         "forward": bool(node.ingress or node.relay),
         "deny": node.deny.split(",")[:-1],
+        "localrange": network.local_range,
     }
     return {**fields, **{name: value for name, value in roles.items() if value}}
 

@@ -111,3 +111,24 @@ def test_both_ranges_change_in_one_step_and_the_mesh_is_whole_again(lab: Lab) ->
     for member in (a, b, c):
         left = member.host.run("ip", "addr").stdout + member.host.run("ip", "-6", "route").stdout
         assert "10.20.30" not in left and "fd20:30" not in left
+
+
+def test_the_networks_local_range_chooses_the_local_address(lab: Lab) -> None:
+    """A NAS with two LANs, of which the network lives in the one without a default route."""
+    mesh = Mesh(lab, "demo", "--local-only")
+    hosts = [lab.public(name, "203.0.113.%d" % number) for number, name in enumerate(("a", "b"), 30)]
+    for number, host in enumerate(hosts, 5):
+        host.run("ip", "link", "add", "lan9", "type", "veth", "peer", "name", "lan9-far")
+        host.run("ip", "addr", "add", "10.55.0.%d/24" % number, "dev", "lan9")
+        host.run("ip", "link", "set", "lan9", "up")
+    a, b = (mesh.join(host) for host in hosts)
+
+    def local(name: str) -> str:
+        return str(json.loads(mesh.admin("node", "show", "demo", name, "--json"))["localaddress"])
+
+    a.checkin()
+    assert local("a") == "203.0.113.30"
+    mesh.admin("network", "set", "demo", "local-range=10.55.0.0/24")
+    for member in (a, b, a, b):  # hears of it, then tells
+        member.checkin()
+    assert (local("a"), local("b")) == ("10.55.0.5", "10.55.0.6")
