@@ -202,7 +202,7 @@ def test_an_unusable_data_folder_has_its_sentence(run, tmp_path):
         assert status == 1 and "cannot make the data folder" in err and err.count("\n") == 1
     (tmp_path / "netmaker.db").write_bytes(b"x" * 8192)
     status, _, err = run("network list", NETMAKER_DATA=str(tmp_path))
-    assert status == 1 and "cannot use the data folder" in err
+    assert status == 1 and "is damaged" in err and "restore FILE" in err
 
 
 def test_backup_restore_check_version(run, done, tmp_path):
