@@ -46,7 +46,7 @@ def test_an_odd_length_is_a_refusal(home):
     said = []
     environ = {"REQUEST_METHOD": "POST", "PATH_INFO": "/api/users/adm/authenticate", "CONTENT_LENGTH": "\u00b2"}
     home.app(environ, lambda status, *_: said.append(status))
-    assert said == ["413 Request Entity Too Large"]
+    assert [status[:4] for status in said] == ["413 "]  # newer Pythons have other words for it
 
 
 def test_a_stranger_parks_no_poll(home):
