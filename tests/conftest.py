@@ -10,8 +10,10 @@ from typing import Iterator
 
 import pytest
 from lab import Lab
-from restkit import Rest, make_user
-from serverkit import Clock, Server
+from restkit import Rest, World, make_user
+from serverkit import Clock, Server, make_core
+
+import netmaker_core
 
 os.environ["NETCLIENT_SET_CLOCK"] = "no"  # a test must never move this machine's clock
 
@@ -40,9 +42,25 @@ def clock() -> Clock:
 
 
 @pytest.fixture
-def home(tmp_path: Path, clock: Clock) -> Iterator[Server]:
+def core(tmp_path: Path) -> Iterator[netmaker_core.Core]:
+    """A database with the network `default`, sound at the end."""
+    made = make_core(str(tmp_path), Clock())
+    netmaker_core.add_network(made, "default", {"range": "10.20.30.0/24"})
+    yield made
+    assert netmaker_core.check(made) == []
+    made.store.close()
+
+
+@pytest.fixture
+def settings() -> dict[str, str]:
+    """What `home` is started with besides; for modules to say otherwise."""
+    return {}
+
+
+@pytest.fixture
+def home(tmp_path: Path, clock: Clock, settings: dict[str, str]) -> Iterator[Server]:
     """A running server with the network `default`."""
-    running = Server(str(tmp_path / "data"), clock)
+    running = Server(str(tmp_path / "data"), clock, **settings)
     running.network()
     yield running
     running.stop()
@@ -59,3 +77,9 @@ def lab() -> Iterator[Lab]:
 def admin(home: Server) -> Rest:
     """An administrator who is signed in."""
     return make_user(home, "root", admin=True)
+
+
+@pytest.fixture
+def world(home: Server) -> World:
+    """Something to break into, on that server."""
+    return World(home)

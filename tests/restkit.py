@@ -30,6 +30,20 @@ class Said(NamedTuple):
         return str(self.value["Message"])
 
 
+def fetch(port: int, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> Said:
+    """One request to a server on this host, on a connection of its own."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        connection.request(method, path, body, dict(headers))
+        answer = connection.getresponse()
+        data = answer.read()
+    finally:
+        connection.close()
+    kind = answer.getheader("Content-Type") or ""
+    value = json.loads(data) if kind.startswith("application/json") and data else None
+    return Said(answer.status, value, dict(answer.getheaders()), data)
+
+
 class Rest:
     """Calls with one bearer token, or none."""
 
@@ -38,20 +52,11 @@ class Rest:
 
     def call(self, method: str, path: str, body: Any = None, **headers: str) -> Said:
         """`body`: bytes as they are, anything else as JSON."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.home.port, timeout=60)
         raw = body if isinstance(body, bytes) else None if body is None else json.dumps(body).encode()
         given = {name.replace("_", "-"): value for name, value in headers.items()}
         if self.bearer:
             given.setdefault("Authorization", "Bearer " + self.bearer)
-        try:
-            connection.request(method, path, raw, {"Content-Type": "application/json", **given})
-            answer = connection.getresponse()
-            data = answer.read()
-        finally:
-            connection.close()
-        kind = answer.getheader("Content-Type") or ""
-        value = json.loads(data) if kind.startswith("application/json") and data else None
-        return Said(answer.status, value, dict(answer.getheaders()), data)
+        return fetch(self.home.port, method, path, raw, {"Content-Type": "application/json", **given})
 
     def get(self, path: str) -> Any:
         """The object; an AssertionError for anything but a 200."""

@@ -23,15 +23,6 @@ from netclient_lite import Invalid
 
 
 @pytest.fixture
-def core(tmp_path):
-    made = make_core(str(tmp_path), Clock())
-    netmaker_core.add_network(made, "default", {"range": "10.20.30.0/24"})
-    yield made
-    assert netmaker_core.check(made) == []
-    made.store.close()
-
-
-@pytest.fixture
 def gateway(core):
     return netmaker_core.create_ingress(core, join(core, "gw"))
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import base64
-import http.client
 import json
 import os
 import re
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, Mapping
 
 import pytest
-from restkit import MASTER, PASSWORD, Rest, Said
+from restkit import MASTER, PASSWORD, Rest, Said, fetch
 from serverkit import Client, Clock, Server, wireguard_key
 
 import netmaker_lite as server
@@ -210,16 +209,7 @@ class Page:
         self.home, self.token, self.preflights = home, "", 0
 
     def send(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> Said:
-        connection = http.client.HTTPConnection("127.0.0.1", self.home.port, timeout=60)
-        try:
-            connection.request(method, path, body, {"Origin": PAGE, "Referer": PAGE + "/", **headers})
-            answer = connection.getresponse()
-            data = answer.read()
-        finally:
-            connection.close()
-        kind = answer.getheader("Content-Type") or ""
-        value = json.loads(data) if kind.startswith("application/json") and data else None
-        return Said(answer.status, value, dict(answer.getheaders()), data)
+        return fetch(self.home.port, method, path, body, {"Origin": PAGE, "Referer": PAGE + "/", **headers})
 
     def preflight(self, method: str, path: str, names: list[str]) -> None:
         self.preflights += 1

@@ -22,11 +22,6 @@ few = settings(max_examples=40, deadline=None, suppress_health_check=[HealthChec
 more = settings(few, max_examples=400)
 
 
-@pytest.fixture
-def world(home: Any) -> World:
-    return World(home)
-
-
 def objects(world: World) -> Iterator[tuple[str, Any]]:
     """(path, object) of everything that has a GET and a PUT under one path."""
     fill = {"n": "default", "node": world.node.node, "u": "carol"}

@@ -25,11 +25,6 @@ CREATE, SIGN_IN = "/api/users/adm/createadmin", "/api/users/adm/authenticate"
 
 
 @pytest.fixture
-def world(home: Server) -> World:
-    return World(home)
-
-
-@pytest.fixture
 def bare(tmp_path: Path, clock: Clock) -> Iterator[Server]:
     """A server at its first start that believes no proxy."""
     running = Server(str(tmp_path / "bare"), clock, TRUSTED_PROXIES="")

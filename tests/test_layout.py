@@ -424,43 +424,46 @@ def test_the_agent_imports_what_may_be_missing_inside_functions_alone():
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             assert not {module.split(".")[0] for module in modules} & set(agent.rules.optional), f"line {node.lineno}"
-    assert not re.search(r"^\s*(import|from) (bottle|peewee|netmaker_lite)\b", agent.source, re.M)
+    assert not re.search(r"^\s*(import|from) (bottle|peewee|netmaker_\w+)\b", agent.source, re.M)
+
+
+WITHOUT = """
+import sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in %r:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Missing())
+sys.path.insert(0, %r)
+"""
+
+
+def run_without(missing: Sequence[str], code: str) -> subprocess.CompletedProcess[str]:
+    """Run a piece of code where these modules are not installed."""
+    whole = WITHOUT % (missing, str(REPO)) + code
+    return subprocess.run([sys.executable, "-I", "-S", "-c", whole], capture_output=True, text=True, timeout=30, check=False)
 
 
 def test_the_command_line_stands_alone():
     """On a laptop there is neither the server's files nor what those need, nor need there be requests or segno."""
     missing = ("netmaker_lite", "netclient_lite", "bottle", "peewee", "nacl", "requests", "segno")
-    code = """
-import sys
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in %r:
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Missing())
-sys.path.insert(0, %r)
-import netmaker_admin
-sys.exit(netmaker_admin.main(["version"]))
-"""
-    done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", code % (missing, str(REPO))], capture_output=True, text=True, timeout=30
-    )
+    done = run_without(missing, 'import netmaker_admin\nsys.exit(netmaker_admin.main(["version"]))')
     assert (done.returncode, done.stderr) == (0, "")
 
 
+OURS = ("netmaker_lite", "netmaker_core", "netmaker_admin")
+
+
 def test_the_server_takes_from_the_agent_and_never_the_other_way_round():
-    assert "netmaker_lite" not in {alias.name for node in File("netclient_lite.py").nodes(ast.Import) for alias in node.names}
-    shared = [node for node in File("netmaker_lite.py").nodes(ast.ImportFrom) if node.module == "netclient_lite"]
-    assert len(shared) <= 1
+    assert not {alias.name for node in File("netclient_lite.py").nodes(ast.Import) for alias in node.names} & set(OURS)
+    for name in ("netmaker_lite.py", "netmaker_core.py"):
+        shared = [node for node in File(name).nodes(ast.ImportFrom) if node.module == "netclient_lite"]
+        assert len(shared) <= 1
+    below = {alias.name for node in File("netmaker_core.py").nodes(ast.Import) for alias in node.names}
+    assert not below & {"netmaker_lite", "netmaker_admin"}
 
 
 BARE = """
-import sys
-class Missing:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in %r:
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Missing())
-sys.path.insert(0, %r)
 import netclient_lite, ssl, py_compile, importlib.util, syslog
 netclient_lite.build_parser().format_help()
 assert netclient_lite.main(["version"]) == 0
@@ -470,7 +473,6 @@ print(sorted(name for name in sys.modules if name.split(".")[0] in %r))
 
 def test_the_agent_runs_on_openwrts_python3_light():
     missing = (*NOT_LIGHT, "requests", "nacl", "zeroconf", "bottle", "peewee")
-    code = BARE % (missing, str(REPO), missing)
-    done = subprocess.run([sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, timeout=30)
+    done = run_without(missing, BARE % (missing,))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"

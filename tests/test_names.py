@@ -11,20 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from meshkit import heard, join
 from restkit import make_user
-from serverkit import Client, Clock, Server, clients, make_core, settle
+from serverkit import Client, Server, clients, make_core, settle
 
 import netmaker_core
 import netmaker_lite as server
 from netclient_lite import Invalid
-
-
-@pytest.fixture
-def core(tmp_path):
-    made = make_core(str(tmp_path), Clock())
-    netmaker_core.add_network(made, "default", {"range": "10.20.30.0/24"})
-    yield made
-    assert netmaker_core.check(made) == []
-    made.store.close()
 
 
 def add(core, name, ip="192.0.2.7", ip6=""):

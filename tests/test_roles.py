@@ -6,12 +6,11 @@ from __future__ import annotations
 import base64
 import json
 import sqlite3
-from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import pytest
 from restkit import MASTER, PASSWORD, Rest, World, api_token, body_of, path_of, rows
-from serverkit import Clock, Server
+from serverkit import Server
 
 import netmaker_core
 import netmaker_lite as server
@@ -24,11 +23,8 @@ FOR_STRANGERS = {
 
 
 @pytest.fixture
-def world(tmp_path: Path, clock: Clock) -> Iterator[World]:
-    home = Server(str(tmp_path / "world"), clock, MASTER_KEY=MASTER)
-    home.network()
-    yield World(home)
-    home.stop()
+def settings() -> dict[str, str]:
+    return {"MASTER_KEY": MASTER}
 
 
 def jwt(**claims: Any) -> str:

@@ -9,24 +9,14 @@ import os
 import re
 import sqlite3
 from collections import Counter
-from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import pytest
 from restkit import World, body_of, parts_of
-from serverkit import Clock, Server
 
 import netmaker_lite as server
 
 EXAMPLES = int(os.environ.get("NM_EXAMPLES", "50"))  # for each operation, valid and invalid together
-
-
-@pytest.fixture
-def world(tmp_path: Path, clock: Clock) -> Iterator[World]:
-    home = Server(str(tmp_path / "data"), clock)
-    home.network()
-    yield World(home)
-    home.stop()
 
 
 def document(world: World) -> Any:

@@ -16,7 +16,7 @@ from typing import Any, Iterator
 
 import pytest
 from restkit import MASTER, PASSWORD, Rest, Said, World, body_of, path_of
-from serverkit import Client, Clock, Server
+from serverkit import Client
 
 import netclient_lite as agent
 import netmaker_core
@@ -26,11 +26,8 @@ REPO = Path(server.__file__).parent
 
 
 @pytest.fixture
-def world(tmp_path: Path, clock: Clock) -> Iterator[World]:
-    home = Server(str(tmp_path / "data"), clock, MASTER_KEY=MASTER)
-    home.network()
-    yield World(home)
-    home.stop()
+def settings() -> dict[str, str]:
+    return {"MASTER_KEY": MASTER}
 
 
 def spellings(secret: bytes) -> set[bytes]:
