@@ -1017,9 +1017,10 @@ check_token_name = Pattern("[A-Za-z0-9._-]{1,40}", "no name for a token: 1 to 40
 
 
 def fold_user(text: str) -> str:
-    if text in ("adm", "networks"):
-        raise Invalid("%s is a word of the API's paths: take another name" % text)
-    return check_user(text.lower())
+    folded = text.lower()
+    if folded in ("adm", "networks"):
+        raise Invalid("%s is a word of the API's paths: take another name" % folded)
+    return check_user(folded)
 
 
 def check_password(text: str) -> str:
@@ -1114,10 +1115,12 @@ def add_first_admin(core: Core, values: Row, at_home: bool, code: str) -> Row:
 
 
 def _keep_an_admin(core: Core, batch: Batch, name: str) -> None:
-    others = "EXISTS (SELECT 1 FROM account WHERE admin = ? AND name != ?)"
-    if core.store.row(composed("SELECT 1 WHERE %s", others), (True, name)) is None:
+    """Not the last one: an administrator besides, or this is none."""
+    admin = "EXISTS (SELECT 1 FROM account WHERE admin = ? AND name %s ?)"
+    safe, bound = composed("(%s OR NOT %s)", composed(admin, "!="), composed(admin, "=")), (True, name) * 2
+    if core.store.row(composed("SELECT 1 WHERE %s", safe), bound) is None:
         raise Clash("%s is the only administrator: make another first" % name)
-    batch.when(others, True, name)
+    batch.when(safe, *bound)
 
 
 def set_user(core: Core, name: str, values: Row) -> Row:
@@ -1130,7 +1133,7 @@ def set_user(core: Core, name: str, values: Row) -> Row:
         if not changed:
             return None
         batch = ListBatch("users")
-        if old["admin"] and not new.get("admin", True):
+        if not new.get("admin", True):
             _keep_an_admin(core, batch, old["name"])
         _check_own_networks(core, batch, changed.get("networks", ""))
         batch.update("account", {**changed, "modified": core.now}, "name = ?", old["name"], must=True)
@@ -1148,8 +1151,7 @@ def remove_user(core: Core, name: str) -> Row:
 
     def build() -> Batch:
         batch = ListBatch("users")
-        if need_user(core, name)["admin"]:
-            _keep_an_admin(core, batch, user["name"])
+        _keep_an_admin(core, batch, user["name"])
         batch.delete("account", "name = ?", user["name"])
         batch.delete("session", "owner = ?", user["name"])
         return batch
@@ -1165,7 +1167,7 @@ def _open_session(core: Core, owner: str, values: Row, action: str) -> Row:
     bearer = new_bearer("t" if values.get("name") else "s")
     if not values.get("name"):  # user interfaces look there for the end, as in a JWT; nobody believes it
         bearer += "." + b64(dump({"UserName": owner, "exp": values["expires"]}))
-    row = {**blank(Session), "expires": None, **values, "id": fingerprint(bearer), "owner": owner, "created": core.now}
+    row = {**blank(Session), **values, "id": fingerprint(bearer), "owner": owner, "created": core.now}
 
     def build() -> Batch:
         if row["name"] and core.store.row("SELECT 1 FROM session WHERE owner = ? AND name = ?", (owner, row["name"])):
@@ -2692,7 +2694,8 @@ def make_app(agents: Agents) -> Any:
             app.route(route.path, route.method, expected_failures(web.handler(route)), role=route.role)
     web.openapi = partial(openapi_of, ROUTES)
     app.add_hook("before_request", web.preflight)
-    app.add_hook("after_request", lambda: bottle.response.headers.update(web.cross_origin()))
+    if web.origins:  # else no request has to pay for it
+        app.add_hook("after_request", lambda: bottle.response.headers.update(web.cross_origin()))
 
     def unexpected(problem: Any) -> str:
         problem.content_type = "application/json"

@@ -228,6 +228,12 @@ def test_a_token_makes_none_that_may_more(world: World) -> None:
     assert rows(home) == before
 
 
+@pytest.mark.parametrize("name", ["adm", "ADM", "networks", "Networks"])
+def test_a_word_of_the_paths_is_no_user(world: World, name: str) -> None:
+    said = world.admin.call("POST", "/api/users/" + name, {"username": name, "password": PASSWORD})
+    assert said.status == 400 and "take another name" in said.sentence
+
+
 def test_an_administrator_stays(world: World) -> None:
     core = world.home.core
     with ThreadPoolExecutor(2) as pool:  # both remove each other
