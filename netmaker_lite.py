@@ -2361,7 +2361,8 @@ def host_network(hosted: bool) -> Callable[[Call], Any]:
 
     def handler(call: Call) -> Any:
         name = set_network(call.core, call.path["n"], {"hosted": hosted})["id"]
-        return Message("the agent of the server's host %s %s when it looks there" % ("joins" if hosted else "leaves", name))
+        word, hand = ("shall", "join it there") if hosted else ("shall not", "leave there")
+        return Message("noted: the server's host %s be in %s (agents do not see to that yet: %s by hand)" % (word, name, hand))
 
     return handler
 
