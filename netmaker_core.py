@@ -40,6 +40,7 @@ import sqlite3
 import sys
 import threading
 import time
+import tokenize
 from functools import lru_cache, partial
 from hashlib import blake2b, sha256
 from typing import (
@@ -1478,6 +1479,45 @@ f=`mktemp`||exit;trap "rm -f $f" 0 1 2 15;u=$0{path};for g in "curl -fgkLsm60 -o
 *)echo "$u: no answer, or not the script of this line: check the network, or get a new line">&2;exit 1;;esac' {url}"""
 
 
+class Spot(NamedTuple):
+    """A token without its text: kind, row and column of its begin and end."""
+
+    type: int
+    start: tuple[int, int]
+    end: tuple[int, int]
+
+
+def slim(source: str) -> str:
+    """A program without comments, docstrings and blank lines, each level of indentation one blank: what machines get.
+
+    A router's flash is small and its Python compiles slowly; who reads the source has the repository. The first comment lines
+    (interpreter, licence) stay.
+    """
+    parts = (token[:1] + token[2:4] for token in tokenize.generate_tokens(io.StringIO(source).readline))
+    spots = [Spot(*part) for part in parts if part[0] != tokenize.NL]
+    lines = source.splitlines(keepends=True)
+    head = next((row for row, line in enumerate(lines, 1) if not line.startswith("#")), len(lines))
+    cuts = [(spot, "") for spot in spots if spot.type == tokenize.COMMENT and spot.start[0] > head]
+    inside = {row for spot in spots for row in range(spot.start[0] + 1, spot.end[0] + 1)}  # lines that begin within a string
+    spots = [spot for spot in spots if spot.type != tokenize.COMMENT]
+    depths: dict[int, int] = {}  # of the lines that begin a statement
+    depth, before = 0, tokenize.NEWLINE
+    for spot, after, last in zip(spots, spots[1:], spots[2:]):
+        depth += (spot.type == tokenize.INDENT) - (spot.type == tokenize.DEDENT)
+        if before in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT):
+            depths[spot.start[0]] = depth
+            if spot.type == tokenize.STRING and after.type == tokenize.NEWLINE:  # a block cannot be empty
+                cuts.append((spot, '""' if last.type == tokenize.DEDENT else ""))
+        before = spot.type
+    for (_, (row, column), (end, last_column)), instead in sorted(cuts, reverse=True, key=lambda cut: cut[0].start):
+        lines[row - 1 : end] = [lines[row - 1][:column] + instead + lines[end - 1][last_column:], *[""] * (end - row)]
+        inside.difference_update(range(row + 1, end + 1))
+    kept = [(row, line if row + 1 in inside else line.rstrip() + "\n") for row, line in enumerate(lines, 1)]
+    return "".join(
+        line if row in inside else " " * depths.get(row, 0) + line.lstrip() for row, line in kept if line.strip() or row in inside
+    )
+
+
 def install_script(template: str, agent_bytes: bytes) -> str:
     """The install script as the server hands it out: it knows the hash of the agent."""
     return template.replace("\nAGENT_SHA256=\n", "\nAGENT_SHA256=%s\n" % sha256(agent_bytes).hexdigest(), 1)
@@ -2185,6 +2225,7 @@ def _client_files(source: tuple[str, int], script: tuple[str, int]) -> dict[str,
             return files
         with open(path, "rb") as stream:
             files[name] = stream.read()
+    files["netclient_lite.py"] = slim(files["netclient_lite.py"].decode()).encode()
     files["install.sh"] = install_script(files["install.sh"].decode(), files["netclient_lite.py"]).encode()
     return files
 

@@ -52,7 +52,7 @@ TOOLS = (
 )
 TOKEN = agent.make_token(agent.Token(("http://192.0.2.1:8081",), b"p" * 32, "home", "k1234567." + "s" * 22))
 TEMPLATE = (REPO / "shell/install.sh").read_text("utf-8")
-AGENT = (REPO / "netclient_lite.py").read_bytes()
+AGENT = netmaker_core.slim((REPO / "netclient_lite.py").read_text()).encode()
 OPENWRT_PYTHON = "python3-light python3-openssl"
 
 # BusyBox' wget, which dies at the -T that it was built without.
@@ -541,14 +541,14 @@ def test_without_the_script_keys_come_without_the_line(
 def test_a_wheel_finds_the_script_where_it_lays_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = tmp_path / "lib/python3.11/site-packages/netclient_lite.py"
     script = tmp_path / "share/netmaker-lite/shell/install.sh"
-    for path, data in ((module, b"#!agent 1\n"), (script, TEMPLATE.encode())):
+    for path, data in ((module, b"agent = 1\n"), (script, TEMPLATE.encode())):
         path.parent.mkdir(parents=True)
         path.write_bytes(data)
     monkeypatch.setattr(agent, "__file__", str(module))
-    assert hashlib.sha256(b"#!agent 1\n").hexdigest() in netmaker_core.client_files()["install.sh"].decode()
-    module.write_bytes(b"#!agent 2\n")  # updated under a running server
+    assert hashlib.sha256(b"agent = 1\n").hexdigest() in netmaker_core.client_files()["install.sh"].decode()
+    module.write_bytes(b"agent = 2\n")  # updated under a running server
     os.utime(module, ns=(1, 1))
-    assert hashlib.sha256(b"#!agent 2\n").hexdigest() in netmaker_core.client_files()["install.sh"].decode()
+    assert hashlib.sha256(b"agent = 2\n").hexdigest() in netmaker_core.client_files()["install.sh"].decode()
 
 
 # -- on real WireGuard -----------------------------------------------------------------------------------------------------
