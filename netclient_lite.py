@@ -2699,31 +2699,55 @@ class Systemd:
                 self.context.files.remove(self.folder + "/" + unit)
 
 
+# What the launcher starts: the first section alone, so that the check-in that changes nothing does not read the rest.
+QUICK_END = """
+if __name__ == "__main__":
+    from importlib.util import module_from_spec, spec_from_file_location
+    spec = spec_from_file_location("netclient_lite", {whole!r})
+    whole = sys.modules["netclient_lite"] = module_from_spec(spec)
+    spec.loader.exec_module(whole)
+    whole.HANDED_OVER.update(HANDED_OVER)
+    whole.QUICKLY_DONE.update(QUICKLY_DONE)
+    sys.exit(whole.main())
+"""
+
+
 def settle_in(context: Context) -> str:
     """Make `/etc/netclient/netclient`, a launcher; a lone file copies itself beside it. The launcher's path."""
     home, here = context.paths.home, os.path.abspath(__file__)
     launcher = home + "/netclient"
     here = here.replace(home + "/netclient_lite.pyc", home + "/netclient_lite.py")
-    if not here.endswith(".py") or "/site-packages/" in here or "/dist-packages/" in here:
-        bytecode, fallback = here, "netclient-lite"  # installed as a module or package: used where it is
-        if here.endswith(".py"):
-            from importlib.util import cache_from_source
+    source, whole, fallback = here, here, "netclient-lite"  # bytecode without a source is used where it is
+    if not here.endswith(".py"):
+        source = ""
+    elif "/site-packages/" in here or "/dist-packages/" in here:
+        from importlib.util import cache_from_source
 
-            bytecode, fallback = cache_from_source(here), f"{sys.executable} {here}"
+        whole, fallback = cache_from_source(here), f"{sys.executable} {here}"
     else:
-        source, bytecode = home + "/netclient_lite.py", home + "/netclient_lite.pyc"
+        source, whole = home + "/netclient_lite.py", home + "/netclient_lite.pyc"
         context.files.write(source, read_text(here), 0o755)
         fallback = "python3 " + source
-        if not context.run.dry:
-            # no docstrings, no columns: CPython reads a .pyc of more than 256 KiB byte by byte
-            code = f"import py_compile as c;c.compile({source!r},{bytecode + '.tmp'!r},doraise=True,optimize=2)"
-            context.run(sys.executable, "-ISX", "no_debug_ranges", "-c", code)
-            context.files.keep(bytecode + ".tmp", bytecode)
+        _compile(context, source, whole)
+    bytecode = home + "/netclient_quick.pyc" if source else whole
+    if source:
+        part = context.paths.run + "/netclient_quick.py"
+        context.files.volatile(part, read_text(here).partition("\n# IMPORTS\n")[0] + QUICK_END.format(whole=whole))
+        _compile(context, part, bytecode)
+        context.files.remove(part)
     # python3.11, not python3: after an upgrade of Python the launcher must take the source
     python = os.path.realpath(sys.executable) if sys.prefix == sys.base_prefix else sys.executable
     text = LAUNCHER.format(version=__version__, python=python, bytecode=bytecode, fallback=fallback)
     context.files.write(launcher, text, 0o755)
     return launcher
+
+
+def _compile(context: Context, source: str, bytecode: str) -> None:
+    """Without docstrings and columns: less to read."""
+    if not context.run.dry:
+        code = f"import py_compile as c;c.compile({source!r},{bytecode + '.tmp'!r},doraise=True,optimize=2)"
+        context.run(sys.executable, "-ISX", "no_debug_ranges", "-c", code)
+        context.files.keep(bytecode + ".tmp", bytecode)
 
 
 def install_service(context: Context, mode: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a check-in costs that brings nothing new, as the launcher starts it: `python3 -I -S netclient_lite.pyc checkin`.
+"""What a check-in costs that brings nothing new, as the launcher starts it: `python3 -I -S netclient_quick.pyc checkin`.
 
     python bench/checkin.py
 
@@ -107,7 +107,7 @@ def installed(python: str, folder: Path) -> str:
     """The agent's bytecode for an interpreter, as a join from a lone file installs it."""
     root = folder / ("installed-" + version_of(python))
     subprocess.run((python, "-c", INSTALL, str(AGENT.parent), str(root)), check=True, env=NORMAL)
-    return str(root / "etc/netclient/netclient_lite.pyc")
+    return str(root / "etc/netclient/netclient_quick.pyc")
 
 
 def certificate(folder: Path) -> str:

@@ -360,7 +360,7 @@ uninstall() {
 	for file in "$HOME_OF_AGENT"/config/netconfig-*; do
 		[ $dry = yes ] || ! [ -e "$file" ] || die "this machine is still in ${file##*netconfig-}: nothing was removed"
 	done
-	run rm -f "$launcher" "$HOME_OF_AGENT/netclient_lite.py" "$HOME_OF_AGENT/netclient_lite.pyc"
+	run rm -f "$launcher" "$HOME_OF_AGENT/netclient_lite.py" "$HOME_OF_AGENT/netclient_lite.pyc" "$HOME_OF_AGENT/netclient_quick.pyc"
 	run rm -rf "$RUN_OF_AGENT"
 	for file in "$HOME_OF_AGENT/joining" "$HOME_OF_AGENT/config" "$HOME_OF_AGENT"; do
 		[ ! -d "$file" ] || run rmdir "$file" 2>/dev/null || say "$file stays: it holds files that are not the agent's"
