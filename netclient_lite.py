@@ -1244,12 +1244,12 @@ def candidates(record: Fields, place: Place) -> list[str]:
         return [local] if local else []
     kinds = ("at", "seen", "local6") if place.punch else ("seen", "local6")
     public = [*dict.fromkeys(text for text in map(record.get, kinds) if text and within_reach(text, place))]
-    if not near or local in public:
+    if not near:
         return public
     if proven_local(record, place):
-        return [local, *public]
+        return [*dict.fromkeys((local, *public))]
     homes = {split_endpoint(text)[0] for text in public}
-    return [*public, local] if place.seen in homes or not homes else public
+    return [*dict.fromkeys((*public, local))] if place.seen in homes or not homes else public
 
 
 def apart(record: Fields, place: Place) -> str:

@@ -288,6 +288,13 @@ def _address(version: int = 0) -> Check:
     return as_text(lambda value: check_address(value, version), True)
 
 
+def _public6(text: str) -> str:
+    address = check_address(text, 6)
+    if not is_public(address):
+        raise Invalid("%s is no public address" % address)
+    return address
+
+
 KEEPALIVE, MTU = as_number(0, 1000), as_number(576, 9200)
 PRINTABLE = r"[ -~]{0,80}"
 FACTS: dict[str, tuple[str, Check]] = {  # name on the wire → column, check
@@ -298,7 +305,7 @@ FACTS: dict[str, tuple[str, Check]] = {  # name on the wire → column, check
     "endpoint": ("static", _address()),
     "fixed": ("fixed", as_flag),
     "local": ("local", _address()),
-    "local6": ("local6", _address(6)),
+    "local6": ("local6", as_text(_public6, True)),
     "lan": ("lan", as_pattern("[0-9a-f]{0,16}")),
     "os": ("os", as_pattern(PRINTABLE)),
     "version": ("version", as_pattern(PRINTABLE)),

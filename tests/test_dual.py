@@ -75,6 +75,13 @@ def test_a_local_only_network_takes_the_local_address_of_either_family(local):
         assert agent.apart(peer, place(*ways, local_only=True)) == ""
 
 
+def test_on_an_ipv6_lan_the_address_that_the_server_saw_is_the_local_one():
+    here = place(6, subnets=("2001:db8:7::b/64",), lan="9f31c2aa")
+    for lan in ("9f31c2aa", ""):
+        assert agent.candidates(record("b", seen=SEEN6, local=SEEN6, lan=lan), here) == [SEEN6]
+    assert agent.candidates(record("b", seen=SEEN6, local=OWN6, lan="9f31c2aa"), here) == [OWN6, SEEN6]
+
+
 FIELDS = st.fixed_dictionaries(
     {},
     optional={
@@ -92,6 +99,30 @@ def test_who_cannot_be_called_is_said_to_be_so_and_nobody_else(fields, ways):
     tried = agent.candidates(peer, here)
     assert bool(agent.apart(peer, here)) == (bool(fields) and not tried)
     assert all(6 if text[0] == "[" else 4 in ways for text in tried if ways)
+
+
+# ---- as text
+
+
+@given(st.ip_addresses(v=6), st.integers(1, 65535))
+def test_an_ipv6_address_is_one_however_it_is_written(address, port):
+    mapped = getattr(address, "ipv4_mapped", None)
+    canonical = agent.endpoint(str(mapped or address), port)
+    for text in (str(address), address.exploded, address.exploded.upper()):
+        assert agent.endpoint(*agent.split_endpoint(f"[{text}]:{port}")) == canonical
+        assert agent.split_url(f"http://[{text}]:{port}/nm/") == (False, text, port, "/nm")
+        assert f"\r\nHost: [{text}]:{port}\r\n".encode() in agent.post(text, port, "", "/", "")
+    line = "\t".join([key_like("b"), "(none)", f"[{address}]:{port}", "fd00::2/128", "0", "0", "0", "off"])
+    device = agent.parse_dump(f"(none)\t{key_like('a')}\t51821\toff\n{line}\n")
+    assert device.peers[key_like("b")].endpoint == canonical
+
+
+@pytest.mark.parametrize(
+    "text", ["[fe80::1%eth0]:51821", "fe80::1%eth0", "2001:db8::1:51821", "[203.0.113.7]:1", "[2001:db8::1]"]
+)
+def test_zones_and_bare_addresses_are_no_endpoints(text):
+    with pytest.raises(agent.Invalid):
+        agent.split_endpoint(text)
 
 
 # ---- what is told
@@ -189,7 +220,7 @@ def test_both_families_of_a_node_are_spread(home):
     client.exchange({"facts": {"local6": "2001:DB8:7:0::A", "port": 51821}})
     assert client.peers[client.node]["seen"] == SEEN and client.peers[client.node]["local6"] == OWN6
     assert agent.parse_record(client.peers[client.node])["local6"] == OWN6
-    for bad in ("203.0.113.7", "fe80::1%eth0", "x", "[2001:db8::1]"):
+    for bad in ("203.0.113.7", "fe80::1%eth0", "x", "[2001:db8::1]", "fd00::1", "fe80::1", "::ffff:203.0.113.7"):
         assert client.exchange({"facts": {"local6": bad}}).status == 400
     client.exchange({"facts": {"local6": ""}})
     assert "local6" not in client.peers[client.node]
