@@ -430,8 +430,10 @@ class Segment:
         self._taken = set(self.gateways)
         self._ports = 0
         pairs = zip(self.gateways, self.networks)
+        # else the bridge has the lowest MAC of its ports, which a new one would change: neighbours lose their gateway for a while
+        mac = "02:" + os.urandom(5).hex(":")
         owner._ip(
-            f"link add {bridge} type bridge",
+            f"link add {bridge} address {mac} type bridge",
             f"link set {bridge} up",
             *(f"address add {gateway}/{network.prefixlen} dev {bridge} {_now(gateway)}" for gateway, network in pairs),
         )
