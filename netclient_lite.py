@@ -168,7 +168,9 @@ def http(
 def _connected(host: str, port: int, timeout: float) -> Any:
     failure: OSError = OSError(errno.EHOSTUNREACH, "no address")
     # bytes: a str host name would import encodings.idna, stringprep and re
-    for family, kind, proto, _, address in _socket.getaddrinfo(host.encode(), port, 0, _socket.SOCK_STREAM):
+    found = _socket.getaddrinfo(host.encode(), port, 0, _socket.SOCK_STREAM)
+    # IPv4 first: only the server sees what a NAT makes of that, an IPv6 address the machine knows itself
+    for family, kind, proto, _, address in sorted(found, key=lambda place: place[0]):
         sock = _socket.socket(family, kind, proto)
         sock.settimeout(timeout)
         try:
@@ -935,13 +937,14 @@ class Desired(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where this machine stands: the address that the server sees, own subnets, LAN hash, the kind of network."""
+    """Where this machine stands: the address that the server sees, own subnets, LAN hash, the kind of network, ways out."""
 
     seen: str = ""
     subnets: tuple[str, ...] = ()
     lan: str = ""
     local_only: bool = False
     punch: bool = True
+    ways: frozenset[int] = frozenset()  # 4, 6: which of them lead to the internet; none known: both are tried
 
 
 class Kept:
@@ -1130,7 +1133,7 @@ RECORD: dict[str, Callable[[Any], Any]] = {
     "ip": lambda text: check_address(text, 4),
     "ip6": lambda text: check_address(text, 6),
     "ips": lambda texts: [str(ipaddress.ip_network(str(text))) for text in texts],
-    **dict.fromkeys(("static", "at", "seen", "local"), lambda text: endpoint(*split_endpoint(text))),
+    **dict.fromkeys(("static", "at", "seen", "local", "local6"), lambda text: endpoint(*split_endpoint(text))),
 }
 
 
@@ -1220,24 +1223,41 @@ def inside(address: str, networks: Iterable[str]) -> bool:
     return any(parsed in ipaddress.ip_network(text, strict=False) for text in networks)
 
 
+def within_reach(text: str, place: Place) -> bool:
+    """Whether an endpoint is of a family in which this machine has a way to it: out to the internet, else to a LAN."""
+    address = split_endpoint(text)[0]
+    family = 6 if ":" in address else 4
+    return family in (place.ways or (family,)) or not is_public(address) or inside(address, place.subnets)
+
+
 def candidates(record: Fields, place: Place) -> list[str]:
-    """The endpoints worth trying for a peer, best first: static; local in the same LAN; observed; seen by the server.
+    """The endpoints worth trying for a peer, best first: static; local in the same LAN; observed; seen by the server; its own
+    public IPv6 address. Those that this machine has no way to are left out.
 
     A local address without proof that the LAN is the same comes last: tried in turn, only while there is no handshake.
     """
     local, static = record.get("local", ""), record.get("static", "")
-    if static and not (place.local_only and is_public(split_endpoint(static)[0])):
+    if static and not (place.local_only and is_public(split_endpoint(static)[0])) and within_reach(static, place):
         return [static]
     near = bool(local) and inside(split_endpoint(local)[0], place.subnets)
     if place.local_only:
         return [local] if local else []
-    public = [record[kind] for kind in ("at", "seen") if record.get(kind) and (kind == "seen" or place.punch)]
+    kinds = ("at", "seen", "local6") if place.punch else ("seen", "local6")
+    public = [*dict.fromkeys(text for text in map(record.get, kinds) if text and within_reach(text, place))]
     if not near:
         return public
     if proven_local(record, place):
-        return [local, *public]
+        return [*dict.fromkeys((local, *public))]
     homes = {split_endpoint(text)[0] for text in public}
-    return [*public, local] if place.seen in homes or not homes else public
+    return [*dict.fromkeys((*public, local))] if place.seen in homes or not homes else public
+
+
+def apart(record: Fields, place: Place) -> str:
+    """Why a peer whose endpoints are known cannot be called from here; "" where it can."""
+    known = [text for text in map(record.get, ("static", "at", "seen", "local6")) if text and not within_reach(text, place)]
+    if not known or place.local_only or candidates(record, place):
+        return ""
+    return "it has IPv%d only, for which this machine has no way out" % (6 if known[0][0] == "[" else 4)
 
 
 def proven_local(record: Fields, place: Place) -> bool:
@@ -1702,6 +1722,17 @@ class System:
     def removal(self, interface: str) -> list[Step]:
         return [Step(("ip", "link", "del", "dev", interface), f"remove {interface}")] if self.exists(interface) else []
 
+    def sources(self) -> dict[int, str]:
+        """By family, the own address towards the internet, where there is a way. Connecting a UDP socket sends nothing."""
+        found = {}
+        for version, family, target in ((4, _socket.AF_INET, "192.0.2.1"), (6, _socket.AF_INET6, "2001:db8::1")):
+            with contextlib.suppress(OSError):
+                sock = _socket.socket(family, _socket.SOCK_DGRAM)
+                with contextlib.closing(sock):
+                    sock.connect((target, 9))
+                    found[version] = str(sock.getsockname()[0])
+        return found
+
     def lan_hash(self) -> str:
         """A hash of the default gateway's MAC: machines that have the same one are in the same LAN."""
         gateway = parse_default_gateway(read_text("/proc/net/route"))[1]
@@ -2009,12 +2040,14 @@ def watch(memory: Memory, actual: Actual, wall: float, now: float) -> set[str]:
     return fresh
 
 
-def report(memory: Memory, actual: Actual, fresh: set[str], facts: Fields, wishes: Fields, now: float) -> Row:
-    """What an exchange tells the server: only what changed since it last heard."""
+def report(
+    memory: Memory, actual: Actual, fresh: set[str], facts: Fields, wishes: Fields, now: float, lone: Iterable[str] = ()
+) -> Row:
+    """What an exchange tells the server: only what changed since it last heard. `lone`: keys of peers without a way to them."""
     node_of = {record["key"]: node for node, record in memory.view.peers.items()}
     seen = {node_of[key]: actual.peers[key].endpoint for key in fresh if key in node_of and actual.peers[key].endpoint}
-    waited = (key for key, since in memory.waiting.items() if key in node_of and now - since > 60)
-    mute = {node_of[key]: True for key in waited if actual.peers[key].tx and actual.peers[key].endpoint}
+    tried = {key for key, live in actual.peers.items() if live.tx and live.endpoint} | {*lone}
+    mute = {node_of[key]: True for key, since in memory.waiting.items() if key in node_of and key in tried and now - since > 60}
     told: Row = {
         "facts": {name: value for name, value in facts.items() if memory.facts.get(name) != value},
         "wishes": {name: value for name, value in wishes.items() if memory.wishes.get(name) != value},
@@ -2093,6 +2126,7 @@ class Node:
         self.session = Session(config, secret, self.counters, self.save_counters)
         self.place = Place()
         self.homes: dict[str, str] = {}
+        self.sources: dict[int, str] = {}
         self._live = Actual()
         self.fresh: set[str] = set()
         self.heard = 0.0
@@ -2179,7 +2213,9 @@ class Node:
         me = self.memory.view.me
         own = self.memory.view.peers.get(self.secret.node, {})
         seen = split_endpoint(own["seen"])[0] if own.get("seen") else ""
-        self.place = Place(seen, tuple(self.homes), self.system.lan_hash(), me.get("local", False), me.get("punch", True))
+        self.sources, lan = self.system.sources(), self.system.lan_hash()
+        ways = frozenset(self.sources)
+        self.place = Place(seen, tuple(self.homes), lan, me.get("local", False), me.get("punch", True), ways)
         for node, record in list(self.memory.view.peers.items()):
             spare = record.get("spare")  # who missed the instant moves at the first handshake
             if spare and self._handshake(spare) > max(self._handshake(record["key"]), self.memory.passed.get(spare, 0)):
@@ -2338,6 +2374,7 @@ class Node:
             "fixed": self.config.fixed,
             "endpoint": self.config.endpoint,
             "local": local,
+            "local6": self._own6(),
             "lan": self.place.lan,
             "os": f"{os.uname().sysname} {os.uname().release}",
             "version": __version__,
@@ -2355,9 +2392,16 @@ class Node:
         before = str(self.memory.facts.get("local", ""))
         return before if before in found else found[0] if found else ""
 
+    def _own6(self) -> str:
+        """The IPv6 address, of a card of this machine, from which its packets go out: no NAT stands before a public one."""
+        own = self.sources.get(6, "::")
+        return own if is_public(own) and own in {text.split("/")[0] for text in self.homes} else ""
+
     def exchange(self) -> Any:
         now = time.monotonic()
-        told = {} if self.run.dry else report(self.memory, self._live, self.fresh, self.facts(), self.config.wishes, now)
+        lone = [record["key"] for record in self.others() if apart(record, self.place)]
+        facts, wishes = self.facts(), self.config.wishes
+        told = {} if self.run.dry else report(self.memory, self._live, self.fresh, facts, wishes, now, lone)
         answer, data = self.session.exchange(told)
         self.heard = answer.at
         reported(self.memory, told)
@@ -3133,6 +3177,7 @@ def status_of(node: Node) -> Row:
                 "endpoint": live.endpoint,
                 "path": ("local" if near else "direct") if record["key"] in node.fresh else "none",
                 "via": "",
+                "why": apart(record, node.place) if record["key"] not in node.fresh else "",
                 "handshake_age": max(0, int(wall) - live.handshake) if live.handshake else None,
                 **{"rx": live.rx, "tx": live.tx},
             }
@@ -3169,6 +3214,7 @@ def cmd_status(context: Context, options: Options) -> ExitStatus:
             traffic = "{} / {}".format(amount(peer["rx"]), amount(peer["tx"]))
             rows.append(("  " + peer["name"], peer["address"], peer["path"], peer["endpoint"] or "-", age, traffic))
         print(table(("  PEER", "ADDRESS", "PATH", "ENDPOINT", "HANDSHAKE", "RECEIVED / SENT"), rows), end="")
+        print("".join("  {name} cannot be called: {why}\n".format(**peer) for peer in entry["peers"] if peer["why"]), end="")
     if not listed:
         print("no network is joined")
     return ExitStatus.OK

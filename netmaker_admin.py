@@ -550,7 +550,7 @@ COMMANDS = (
         "run the server",
         "",
         (
-            arg("--host", metavar="ADDRESS", help="address to listen on (0.0.0.0)"),
+            arg("--host", metavar="ADDRESS", help="where to listen; :: for both families (default: as SERVER_HOST)"),
             arg("--port", metavar="N", help="port to listen on (8081)"),
             arg("--new-key", action="store_true", help="the server.key is lost: make another, every agent joins again"),
         ),

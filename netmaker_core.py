@@ -161,7 +161,7 @@ class Setting(NamedTuple):
 
 SETTINGS = (
     Setting("NETMAKER_DATA", "/var/lib/netmaker-lite", "the data folder"),
-    Setting("SERVER_BIND", "0.0.0.0", "address to listen on; :: for IPv6 and IPv4"),  # noqa: S104
+    Setting("SERVER_BIND", "", "where to listen; :: for both families (default: as SERVER_HOST)"),
     Setting("API_PORT", "8081", "port to listen on", Whole(1, 65535)),
     Setting("GRPC_PORT", "0", "a second port with the same API (none)", Whole(0, 65535)),
     Setting("SERVER_HOST", "", "name or address that tokens carry (default: the default route's)", check_host),
@@ -666,6 +666,7 @@ class Node(peewee.Model):
     at = _text()
     at_changed = _number()
     local = _text()
+    local6 = _text()  # its own public IPv6 address
     lan = _text()
     os = _text()
     version = _text()
@@ -864,7 +865,7 @@ Client.add_index(Client.index(Client.network, Client.key, unique=True))
 Session.add_index(Session.index(Session.owner, Session.name))
 
 MODELS = (Meta, Network, Node, Lease, AccessKey, Revision, Gone, Observed, Joined, User, Session, Audit, Client, Dns)
-SCHEMA = 2
+SCHEMA = 3
 # version → the statements that lead to it from the one before; tables that are missing are made after them
 MIGRATIONS: dict[int, tuple[str, ...]] = {
     2: (
@@ -880,6 +881,7 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
         *("ALTER TABLE node ADD COLUMN %s BOOLEAN NOT NULL DEFAULT 0" % name for name in ("ingress", "relay", "keyed")),
         "ALTER TABLE node ADD COLUMN refresh_at BIGINT NOT NULL DEFAULT 0",
     ),
+    3: ("ALTER TABLE node ADD COLUMN local6 TEXT NOT NULL DEFAULT ''",),
 }
 
 # --------------------------------------------------------------------------------------------------
@@ -1287,6 +1289,7 @@ class NodeState(NamedTuple):
     relay: bool = False
     via: str = ""
     deny: str = ""
+    local6: str = ""
     next_key: str = ""
     refresh: str = ""
     refresh_at: int = 0
@@ -1304,8 +1307,8 @@ class ClientState(NamedTuple):
 
 # A change of these columns must be heard by the others, or by the node itself.
 RECORD_COLUMNS = frozenset((
-    "name", "key", "next_key", "ip", "ip6", "ips", "static", "port", "public", "at", "local", "lan", "punch", "egress",
-    "ingress", "via",
+    "name", "key", "next_key", "ip", "ip6", "ips", "static", "port", "public", "at", "local", "local6", "lan", "punch",
+    "egress", "ingress", "via",
 ))  # fmt: skip
 OWN_COLUMNS = frozenset((
     "name", "ip", "ip6", "port", "keepalive", "mtu", "dns", "forwarding", "punch", "is_local", "egress", "ingress", "relay",
@@ -1366,6 +1369,7 @@ def record(node: NodeState, network: NetworkState, clients: Iterable[ClientState
         "at": node.at if punch else "",
         "seen": seen_endpoint(node, network),
         "local": _endpoint(node.local, node.port),
+        "local6": "" if network.is_local or node.local6 == node.public else _endpoint(node.local6, node.port),
         "lan": node.lan,
     }
     return dump({name: value for name, value in fields.items() if value})
@@ -1436,6 +1440,7 @@ def observed_endpoint(node: NodeState, reports: Iterable[Report], overlays: Sequ
     if node.public:
         found = {place for place in found if split_endpoint(place)[0] == node.public}
         recorded = recorded if recorded and split_endpoint(recorded)[0] == node.public else ""
+    found = {place for place in found if place[0] != "["} or found  # its IPv6 address has no NAT before it, and is known
     if not found:
         return recorded
     if len({split_endpoint(place)[1] for place in found}) > 1:
@@ -1533,7 +1538,8 @@ def install_line(url: str, token: str, script_sha256: str) -> str:
 
 def client_endpoint(network: Row, gateway: Row) -> str:
     """Where a stranger finds a gateway; "" when nowhere."""
-    return _endpoint(gateway["static"] or gateway["local" if network["is_local"] else "public"], gateway["port"])
+    found = gateway["local"] if network["is_local"] else gateway["public"] or gateway["local6"]
+    return _endpoint(gateway["static"] or found, gateway["port"])
 
 
 def client_config(network: Row, gateway: Row, client: Row, routes: Iterable[str], private: str = "", preshared: str = "") -> str:
@@ -2197,6 +2203,12 @@ def own_urls(settings: Settings) -> tuple[str, ...]:
     return given or ("http://" + endpoint(host, settings["API_PORT"]),)
 
 
+def bind_address(settings: Settings) -> str:
+    """Where to listen: a server that is told to others by an IPv6 address has to hear that, too."""
+    given: str = settings["SERVER_BIND"]
+    return given or ("::" if ":" in (settings["SERVER_HOST"] or default_address()) else "0.0.0.0")  # noqa: S104
+
+
 def server_urls(core: Core) -> tuple[str, ...]:
     """The addresses that tokens carry: what `serve` wrote down, else what it would write."""
     written = core.store.meta("urls")
@@ -2834,7 +2846,7 @@ def _fixed_places(core: Core, network: Row, gateway: Row) -> dict[str, str]:
     hosts_ = (agent.split_url(url)[1] for url in server_urls(core))
     found = {host: "the server's address" for host in hosts_ if ":" in host or host.replace(".", "").isdigit()}
     for node in nodes(core, network["id"]):
-        for place in filter(None, (node["static"], node["at"], node["public"])):
+        for place in filter(None, (node["static"], node["at"], node["public"], node["local6"])):
             found[split_endpoint(_endpoint(place, 1))[0]] = "the endpoint of the node " + node["name"]
         near = node["source"] == gateway["source"] or node["lan"] == gateway["lan"] != ""
         if node["local"] and not near:

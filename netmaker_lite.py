@@ -161,6 +161,7 @@ from netmaker_core import (
     approve,
     as_owner,
     backup,
+    bind_address,
     blank,
     check,
     check_host_name,
@@ -287,6 +288,13 @@ def _address(version: int = 0) -> Check:
     return as_text(lambda value: check_address(value, version), True)
 
 
+def _public6(text: str) -> str:
+    address = check_address(text, 6)
+    if not is_public(address):
+        raise Invalid("%s is no public address" % address)
+    return address
+
+
 KEEPALIVE, MTU = as_number(0, 1000), as_number(576, 9200)
 PRINTABLE = r"[ -~]{0,80}"
 FACTS: dict[str, tuple[str, Check]] = {  # name on the wire → column, check
@@ -297,6 +305,7 @@ FACTS: dict[str, tuple[str, Check]] = {  # name on the wire → column, check
     "endpoint": ("static", _address()),
     "fixed": ("fixed", as_flag),
     "local": ("local", _address()),
+    "local6": ("local6", as_text(_public6, True)),
     "lan": ("lan", as_pattern("[0-9a-f]{0,16}")),
     "os": ("os", as_pattern(PRINTABLE)),
     "version": ("version", as_pattern(PRINTABLE)),
@@ -530,7 +539,7 @@ class Sight:
     def _resolved(self) -> str:
         try:
             found = socket.getaddrinfo(self.host, None) if self.host else []
-            places = [check_address(str(each[4][0])) for each in found]
+            places = sorted((check_address(str(each[4][0])) for each in found), key=lambda place: ":" in place)
             return next((place for place in places if not ipaddress.ip_address(place).is_loopback), "")
         except (OSError, Invalid):
             return ""
@@ -1480,6 +1489,7 @@ NODE_FIELDS = (
     Field("endpoint", shown_endpoint, OrNothing(check_static)),
     Field("listenport", "port", PORT),
     Field("localaddress", "local"),
+    Field("localaddress6", "local6"),
     Field("isstatic", lambda row: bool(row["static"] or row["fixed"]), YES_NO),
     Field("isstaticendpoint", lambda row: bool(row["static"]), YES_NO),
     Field("isstaticport", "fixed", YES_NO),
@@ -2920,7 +2930,8 @@ def serve(settings: Settings, out: Callable[[str], None], new_key: Caller | None
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
         with ExitStack() as open_:
             ports = dict.fromkeys(filter(None, (settings["API_PORT"], settings["GRPC_PORT"])))
-            socks = [open_.enter_context(listener(settings["SERVER_BIND"], port)) for port in ports]
+            bind = bind_address(settings)
+            socks = [open_.enter_context(listener(bind, port)) for port in ports]
             if new_key:
                 out("a new key; access keys that the old one sealed, removed: %d" % give_up_key(settings, new_key))
             _serve(open_core(settings), socks, run, out)

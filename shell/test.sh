@@ -14,12 +14,14 @@
 # No STEP: the first five. --fast leaves out the lab and the other Pythons. On Debian and as root, missing packages are
 # installed by apt; without root it runs what needs none and says what it left out. The exit status is 0 when all passed.
 #
-# Settings: NM_TEST_VENV (.venv), NM_TEST_PYTHON (the system's python3), PYENV_ROOT (~/.pyenv); for longer tests NM_SECONDS
-# (how long the many clients go on: 8) and NM_EVERY=yes (kill -9 at every step of a key refresh, not at every other).
+# Settings: NM_TEST_VENV (.venv), NM_TEST_PYTHON (the system's python3), PYENV_ROOT (~/.pyenv), NM_TEST_WORKERS (how many tests run
+# at once: two for each core, 4 at least; 0: one after the other); for longer tests NM_SECONDS (how long the many clients go on: 8)
+# and NM_EVERY=yes (kill -9 at every step of a key refresh, not at every other).
 set -eu
 
 NM_TEST_VENV=${NM_TEST_VENV:-.venv}
 NM_TEST_PYTHON=${NM_TEST_PYTHON:-}
+NM_TEST_WORKERS=${NM_TEST_WORKERS:-}
 PYENV_ROOT=${PYENV_ROOT:-${HOME:-/root}/.pyenv}
 
 # A command that the tests use, and the Debian package that has it.
@@ -214,6 +216,13 @@ why_no_lab() { # prints why the lab's tests cannot run here; nothing where they 
 	fi
 }
 
+workers() { # stories of the lab mostly wait
+	local cores
+	cores=$(nproc 2>/dev/null || echo 2)
+	[ "$cores" -ge 2 ] || cores=2
+	printf '%s\n' "${NM_TEST_WORKERS:-$((cores * 2))}"
+}
+
 step_tests() { # PYTEST ARGUMENTS
 	local why
 	why=$(why_no_lab)
@@ -221,7 +230,7 @@ step_tests() { # PYTEST ARGUMENTS
 		leave_out "the lab's tests ($why)"
 		set -- -m "not lab" "$@"
 	fi
-	check "pytest" "$NM_TEST_VENV/bin/python" -m pytest "$@"
+	check "pytest" "$NM_TEST_VENV/bin/python" -m pytest -n "$(workers)" --dist worksteal "$@"
 }
 
 find_pythons() { # prints "VERSION PATH" of every CPython >= 3.8, oldest first
@@ -245,7 +254,8 @@ server_on() { # PYTHON FOLDER PYTEST ARGUMENTS…
 	local python="$1" folder="$2"
 	shift 2
 	make_venv "$python" "$folder" || return 1
-	env -u NM_SECONDS "$folder/bin/python" -m pytest -q -p no:cacheprovider -m "not lab" "$@"
+	env -u NM_SECONDS "$folder/bin/python" -m pytest -q -p no:cacheprovider -n "$(workers)" --dist worksteal \
+		-m "not lab" "$@"
 }
 
 step_pythons() { # PYTEST ARGUMENTS

@@ -99,6 +99,9 @@ class ModelSystem(System):
     def port_is_free(self, port: int) -> bool:
         return True
 
+    def sources(self) -> dict[int, str]:
+        return {}
+
     def exists(self, interface: str) -> bool:
         return interface in self.links()
 

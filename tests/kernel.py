@@ -390,7 +390,7 @@ def walk(steps: int, seed: str, interface: str = "nm-model") -> str:
     """Random commands on the model and on this machine; the first difference, or ""."""
     chance, run = random.Random(seed), Run()
     system, model = System(run), Kernel(interface)
-    run("mount", "-t", "tmpfs", "none", "/run/wireguard")
+    run("mount", "-t", "tmpfs", "none", "/run")
     run("wireguard-go", interface, detached=True)
     model("wireguard-go", interface)
     while not os.path.exists(f"/run/wireguard/{interface}.sock"):

@@ -13,7 +13,10 @@ is gone with it. Once the shell's input closes, be it because the tests were kil
 process that lives in its network, and ends. Links are born inside the namespaces: the machine's own
 are never touched.
 
-Needs root, iproute2, nftables, conntrack and iputils' ping. IPv4 so far.
+IPv4 is there unless an address is given as "", IPv6 where one is asked for (`ip6`, `wan6`, `lan6`). Routers translate IPv4; IPv6
+they forward as it is, to their LAN's own public range, behind a firewall that lets nothing in unasked.
+
+Needs root, iproute2, nftables, conntrack and iputils' ping.
 
 Contents: ERRORS - PROCESSES - PINGS - HOST - SEGMENT - ROUTER - LAB
 """
@@ -37,6 +40,7 @@ from typing import IO, Any, Callable, Mapping, NamedTuple, Sequence, TypeVar
 
 CODE = Path(__file__).resolve().parent.parent
 INTERNET = "203.0.113.0/24"
+INTERNET6 = "2001:db8::/64"
 ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
     "HOME": "/root",
@@ -247,6 +251,7 @@ class Host:
         self.lab = lab
         self.name = name
         self.ip = ""
+        self.ip6 = ""
         self._uplink: tuple[Host, str] | None = None
         self._logs = folder  # also where the holder mounts, which only its namespace sees
         self._logs.mkdir()
@@ -255,7 +260,7 @@ class Host:
         self._holder = _spawn((*unshare, *lab.beside_root), stdin=subprocess.PIPE)
 
     def __repr__(self) -> str:
-        return f"<{type(self).__name__} {self.name} {self.ip}>"
+        return f"<{type(self).__name__} {self.name} {self.ip or self.ip6}>"
 
     @property
     def pid(self) -> int:
@@ -417,40 +422,57 @@ def adjacency(hosts: Mapping[Host, str], count: int = 3) -> dict[tuple[str, str]
 class Segment:
     """An Ethernet: a bridge on its owner, whose address there, the first, is the way out."""
 
-    def __init__(self, owner: Host, bridge: str, network: str) -> None:
+    def __init__(self, owner: Host, bridge: str, *networks: str) -> None:
         self.owner = owner
         self.bridge = bridge
-        self.network = ipaddress.IPv4Network(network)
-        self.gateway = str(self.network[1])
-        self._free = (str(ip) for ip in self.network if ip > self.network[9])
-        self._taken = {self.gateway}
+        self.networks = [ipaddress.ip_network(network) for network in networks if network]
+        self.gateways = [str(network[1]) for network in self.networks]
+        self._taken = set(self.gateways)
+        self._ports = 0
+        pairs = zip(self.gateways, self.networks)
+        # else the bridge has the lowest MAC of its ports, which a new one would change: neighbours lose their gateway for a while
+        mac = "02:" + os.urandom(5).hex(":")
         owner._ip(
-            f"link add {bridge} type bridge",
+            f"link add {bridge} address {mac} type bridge",
             f"link set {bridge} up",
-            f"address add {self.gateway}/{self.network.prefixlen} dev {bridge}",
+            *(f"address add {gateway}/{network.prefixlen} dev {bridge} {_now(gateway)}" for gateway, network in pairs),
         )
 
-    def connect(self, host: Host, link: str, ip: str | None = None) -> None:
-        """Run a cable to a host, whose end gets an address and is its way out."""
-        host.ip = self._take(ip)
-        port = f"port{len(self._taken) - 1}"
+    def connect(self, host: Host, link: str, ip: str | None = None, ip6: str | None = None) -> None:
+        """Run a cable to a host, whose end gets an address of each family that is here, and is its way out.
+
+        None: the next free one; "": none of this family.
+        """
+        self._ports += 1
+        port = f"port{self._ports}"
         self.owner._ip(
             f"link add {port} type veth peer name {link} netns {host.pid}",
             f"link set {port} master {self.bridge} up",
         )
-        host._ip(
-            f"address add {host.ip}/{self.network.prefixlen} dev {link}",
-            f"link set {link} up",
-            f"route add default via {self.gateway}",
-        )
+        host._ip(f"link set {link} up")
+        for network, gateway in zip(self.networks, self.gateways):
+            chosen = self._take(network, ip if network.version == 4 else ip6)
+            if chosen:
+                setattr(host, "ip" if network.version == 4 else "ip6", chosen)
+                host._ip(
+                    f"address add {chosen}/{network.prefixlen} dev {link} {_now(chosen)}",
+                    f"route add default via {gateway}",
+                )
         host._uplink = self.owner, port
 
-    def _take(self, ip: str | None) -> str:
-        ip = ip or next(ip for ip in self._free if ip not in self._taken)
-        if ip in self._taken or ipaddress.IPv4Address(ip) not in self.network:
-            raise LabError(f"{ip} is taken, or not in {self.network}: choose another")
+    def _take(self, network: ipaddress.IPv4Network | ipaddress.IPv6Network, ip: str | None) -> str:
+        if ip == "":
+            return ""
+        ip = ip or next(str(network[i]) for i in range(10, network.num_addresses) if str(network[i]) not in self._taken)
+        if ip in self._taken or ipaddress.ip_address(ip) not in network:
+            raise LabError(f"{ip} is taken, or not in {network}: choose another")
         self._taken.add(ip)
         return ip
+
+
+def _now(ip: str) -> str:
+    """What makes an IPv6 address usable at once: nobody is asked whether it is taken."""
+    return "nodad" if ":" in ip else ""
 
 
 # ---------------------------------------------------------------------------------------- ROUTER
@@ -476,6 +498,21 @@ table ip home {
     }
 }
 """
+FIREWALL6 = """
+table ip6 home
+delete table ip6 home
+table ip6 home {
+    chain input {
+        type filter hook input priority filter
+        iifname "wan" ct state new,invalid drop
+    }
+    chain forward {
+        type filter hook forward priority filter; policy drop
+        ct state established,related accept
+        iifname "br-lan" accept
+    }
+}
+"""
 
 
 class Router(Host):
@@ -493,14 +530,16 @@ class Router(Host):
     def flush(self) -> None:
         """Forget all connections."""
         self.run("conntrack", "-F")
+        self.run("conntrack", "-F", "-f", "ipv6")
 
     def _boot(self) -> None:
         _forward(self)
-        self.run("nft", "-f", "-", input=FIREWALL % ("random,fully-random" * self.symmetric))
+        self.run("nft", "-f", "-", input=FIREWALL % ("random,fully-random" * self.symmetric) + FIREWALL6)
 
 
 def _forward(host: Host) -> None:
     host.write("/proc/sys/net/ipv4/ip_forward", "1")
+    host.write("/proc/sys/net/ipv6/conf/all/forwarding", "1")
 
 
 # ------------------------------------------------------------------------------------------- LAB
@@ -544,24 +583,28 @@ class Lab:
             if self.folder:
                 shutil.rmtree(self.folder, ignore_errors=True)
 
-    def public(self, name: str, ip: str) -> Host:
+    def public(self, name: str, ip: str, ip6: str = "") -> Host:
         """Put a host on the internet."""
         host = self._add(Host, name)
-        self._segment.connect(host, "eth0", ip)
+        self._segment.connect(host, "eth0", ip, ip6)
         return host
 
-    def router(self, name: str, wan_ip: str, lan: str = "192.168.1.0/24", symmetric: bool = False) -> Router:
-        """Put a home router on the internet, with a LAN of its own behind its NAT."""
+    def router(
+        self, name: str, wan_ip: str, lan: str = "192.168.1.0/24", symmetric: bool = False, wan6: str = "", lan6: str = ""
+    ) -> Router:
+        """Put a home router on the internet, with a LAN of its own behind its NAT; without ``lan``, for IPv6 alone."""
         router = self._add(Router, name)
-        self._segment.connect(router, "wan", wan_ip)
-        router.lan = Segment(router, "br-lan", lan)
+        self._segment.connect(router, "wan", wan_ip, wan6)
+        router.lan = Segment(router, "br-lan", lan, lan6)
+        if lan6 and wan6:
+            self.internet._ip(f"route add {lan6} via {wan6}")
         router.set_symmetric(symmetric)
         return router
 
-    def site(self, name: str, router: Router, ip: str | None = None) -> Host:
-        """Put a host in a router's LAN, at ``ip`` or the next free address from .10 on."""
+    def site(self, name: str, router: Router, ip: str | None = None, ip6: str | None = None) -> Host:
+        """Put a host in a router's LAN, at ``ip`` and ``ip6``, or the next free addresses from .10 (::a) on."""
         host = self._add(Host, name)
-        router.lan.connect(host, "eth0", ip)
+        router.lan.connect(host, "eth0", ip, ip6)
         return host
 
     def log(self) -> str:
@@ -570,8 +613,8 @@ class Lab:
 
     def _make_internet(self) -> None:
         self.internet = self._add(Host, "internet")
-        self._segment = Segment(self.internet, "br-inet", INTERNET)
-        self.internet._ip("route add unreachable default")
+        self._segment = Segment(self.internet, "br-inet", INTERNET, INTERNET6)
+        self.internet._ip("route add unreachable default", "route add unreachable ::/0")
         _forward(self.internet)
 
     def _add(self, kind: type[H], name: str) -> H:

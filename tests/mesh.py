@@ -13,7 +13,7 @@ import json
 import subprocess
 import threading
 import time
-from typing import Any, Iterable
+from typing import Any, Iterable, Mapping
 
 from lab import Host, Lab, wait_for
 
@@ -45,6 +45,11 @@ class Member:
         return str(next(entry["address"] for entry in entries if entry["network"] == self.network))
 
     @property
+    def address6(self) -> str:
+        """The IPv6 overlay address."""
+        return str(self.status["address6"])
+
+    @property
     def name(self) -> str:
         return self.host.name
 
@@ -66,7 +71,12 @@ class Member:
 
     def path(self, other: Member) -> str:
         """The path to another as status tells it."""
-        return str(next(peer["path"] for peer in self.status["peers"] if peer["name"] == other.name))
+        return str(self.peer(other)["path"])
+
+    def peer(self, other: Member) -> dict[str, Any]:
+        """What status tells of another."""
+        found: dict[str, Any] = next(peer for peer in self.status["peers"] if peer["name"] == other.name)
+        return found
 
     def snapshot(self) -> str:
         """All that the agent owns on this machine, as text: equal before and after means that nothing changed."""
@@ -80,23 +90,32 @@ class Member:
 
 
 class Mesh:
-    """A server on a public host and the nodes of its networks."""
+    """A server on a public host and the nodes of its networks. `host`, `serving`: another one, and its settings."""
 
-    def __init__(self, lab: Lab, network: str = "demo", *settings: str, range4: str = "10.20.30.0/24") -> None:
+    def __init__(
+        self,
+        lab: Lab,
+        network: str = "demo",
+        *settings: str,
+        range4: str = "10.20.30.0/24",
+        host: Host | None = None,
+        serving: Mapping[str, str] | None = None,
+    ) -> None:
         self.lab, self.network = lab, network
-        self.host = lab.public("server", SERVER_IP)
+        self.host = host or lab.public("server", SERVER_IP)
+        self.serving = serving or {"SERVER_HOST": SERVER_IP}
         self.serve()
-        self.admin("network", "add", network, "--range", range4, *settings)
+        self.admin("network", "add", network, *(("--range", range4) if range4 else ()), *settings)
         self.members: list[Member] = []
 
     def serve(self) -> subprocess.Popen[str]:
         """Start the server and wait until it answers."""
-        self.process = self.host.start(*self.lab.server_argv, "serve", env={"SERVER_HOST": SERVER_IP})
+        self.process = self.host.start(*self.lab.server_argv, "serve", env=self.serving)
         wait_for(self.answers, 15, "the server to answer")
         return self.process
 
     def answers(self) -> bool:
-        script = f"import urllib.request as u; u.urlopen('{SERVER_URL}/api/health', timeout=2).read()"
+        script = "import urllib.request as u; u.urlopen('http://127.0.0.1:8081/api/health', timeout=2).read()"
         return self.host.run(self.lab.python, "-c", script, check=False).returncode == 0
 
     def kill(self) -> None:

@@ -53,12 +53,12 @@ class Sight(server.Sight):
 class Server:
     """The real server over HTTP on a free loopback port; what `serve` runs, without its process."""
 
-    def __init__(self, folder: str, clock: Clock | None = None, **environment: str) -> None:
+    def __init__(self, folder: str, clock: Clock | None = None, bind: str = "127.0.0.1", **environment: str) -> None:
         self.folder = folder
         self.core = make_core(folder, clock, **environment)
         self.agents = server.Agents(self.core, Sight(self.core.settings))
         self.app = server.make_app(self.agents)
-        sock = server.listener("127.0.0.1", 0)
+        sock = server.listener(bind, 0)
         self.port = int(sock.getsockname()[1])
         polls = self.core.settings["POLL_LIMIT"]
         self._server = server.waitress_server(self.app, [sock], polls)

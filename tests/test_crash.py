@@ -14,6 +14,7 @@ UNFIT = unfit("wg")
 pytestmark = [pytest.mark.lab, pytest.mark.skipif(bool(UNFIT), reason=UNFIT), pytest.mark.timeout(300)]
 CRASH = str(Path(__file__).resolve().parent / "crash.py")
 COUNTED = "/root/effects"
+SHARES = 4  # every fourth step in one test, so that they can run at once
 
 
 @pytest.fixture
@@ -28,11 +29,12 @@ def crash(host: Host, at: int, *verb: str) -> subprocess.CompletedProcess[str]:
     return host.run(host.lab.python, CRASH, str(at), COUNTED, *verb, check=False)
 
 
-def test_a_join_killed_at_any_step_is_healed_by_the_same_command(mesh: Mesh) -> None:
+@pytest.mark.parametrize("share", range(SHARES))
+def test_a_join_killed_at_any_step_is_healed_by_the_same_command(mesh: Mesh, share: int) -> None:
     host = mesh.lab.public("nas", "203.0.113.30")
-    at = 0
+    at = share + 1 - SHARES
     while True:
-        at += 1
+        at += SHARES
         token = mesh.token(uses=1)
         join = ("join", "-t", token, "--daemon", "off")
         killed = crash(host, at, *join)

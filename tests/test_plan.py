@@ -301,6 +301,7 @@ places = st.builds(
     st.sampled_from(("9f31c2aa", "00000001", "")),
     st.booleans(),
     st.booleans(),
+    st.frozensets(st.sampled_from((4, 6))),
 )
 records = st.fixed_dictionaries(
     {},
@@ -309,6 +310,7 @@ records = st.fixed_dictionaries(
         "at": st.sampled_from((AT, "[2001:db8:9::7]:40007")),
         "seen": st.sampled_from((SEEN, "198.51.100.9:51821")),
         "local": st.sampled_from((LOCAL, "10.0.0.20:51821", "192.168.1.20:40000")),
+        "local6": st.sampled_from(("[2001:db8:1::20]:51821", "[2001:db8:9::9]:51821")),
         "lan": st.sampled_from(("9f31c2aa", "00000001")),
     },
 ).map(lambda fields: record("b", **fields))
@@ -331,7 +333,7 @@ def test_a_fresh_endpoint_moves_only_to_an_address_proven_to_be_in_the_same_lan(
 @thorough
 @given(records, places, lives, turns, lives)
 def test_only_what_is_known_of_a_peer_is_chosen(peer, place, live, turn, saved):
-    known = {peer.get(kind) for kind in ("static", "at", "seen", "local")} | {saved, ""}
+    known = {peer.get(kind) for kind in ("static", "at", "seen", "local", "local6")} | {saved, ""}
     assert choose_endpoint(peer, place, live, False, turn, saved) in known
     assert set(candidates(peer, place)) <= known - {""}
 
@@ -340,7 +342,7 @@ def test_only_what_is_known_of_a_peer_is_chosen(peer, place, live, turn, saved):
 @given(records, places, lives, turns, lives)
 def test_static_comes_first_and_alone(peer, place, live, turn, saved):
     peer = {**peer, "static": STATIC}
-    place = place._replace(local_only=False)
+    place = place._replace(local_only=False, ways=place.ways | {4})
     assert candidates(peer, place) == [STATIC]
     assert (choose_endpoint(peer, place, live, False, turn, saved) or live) == STATIC
     assert choose_endpoint(peer, place, live, True, turn, saved) == ""
@@ -389,7 +391,7 @@ def test_a_local_address_without_proof_comes_last_and_only_behind_the_same_publi
     assume(not peer.get("static") and not place.local_only and not proven_local(peer, place))
     known = candidates(peer, place)
     if peer.get("local") in known:
-        public = [peer[kind] for kind in ("at", "seen") if peer.get(kind) and (kind == "seen" or place.punch)]
+        public = candidates({**peer, "local": ""}, place)
         assert known == [*public, peer["local"]]
         assert inside(split_endpoint(peer["local"])[0], place.subnets)
         assert not public or place.seen in {split_endpoint(text)[0] for text in public}

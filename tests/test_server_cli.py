@@ -447,6 +447,15 @@ def test_the_address_in_tokens(tmp_path):
     assert urls() == ("http://%s:8081" % netmaker_core.default_address(),)
 
 
+def test_where_it_listens(tmp_path):
+    def bind(**values):
+        return netmaker_core.bind_address(netmaker_core.Settings({}, {"NETMAKER_DATA": str(tmp_path), **values}))
+
+    assert bind(SERVER_HOST="x.example") == bind(SERVER_HOST="203.0.113.10") == "0.0.0.0"
+    assert bind(SERVER_HOST="2001:db8::1") == bind(SERVER_HOST="[2001:db8::1]") == "::"
+    assert bind(SERVER_HOST="2001:db8::1", SERVER_BIND="127.0.0.1") == "127.0.0.1"
+
+
 def test_both_families_at_once(tmp_path):
     sock = server.listener("::", 0)
     for address in ("127.0.0.1", "::1"):
