@@ -20,6 +20,7 @@ Contents
 
 from __future__ import annotations
 
+import ast
 import base64
 import bisect
 import fcntl
@@ -1484,39 +1485,56 @@ f=`mktemp`||exit;trap "rm -f $f" 0 1 2 15;u=$0{path};for g in "curl -fgkLsm60 -o
 *)echo "$u: no answer, or not the script of this line: check the network, or get a new line">&2;exit 1;;esac' {url}"""
 
 
-class Spot(NamedTuple):
-    """A token without its text: kind, row and column of its begin and end."""
+class Cut(NamedTuple):
+    """A part of a source, by row and column of its begin and end, and what comes there instead."""
 
-    type: int
     start: tuple[int, int]
     end: tuple[int, int]
+    instead: str = ""
+
+
+def signature_notes(source: str) -> Iterator[Cut]:
+    """The annotations of functions: nobody reads them when a program runs."""
+    lines = source.splitlines(keepends=True)
+
+    def column(row: int, offset: int) -> int:
+        return len(lines[row - 1].encode()[:offset].decode())  # ast counts bytes
+
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.arg) and node.annotation:
+            row, end = node.lineno, (node.end_lineno or 0, column(node.end_lineno or 0, node.end_col_offset or 0))
+            yield Cut((row, column(row, node.col_offset) + len(node.arg)), end)
+        elif isinstance(node, ast.FunctionDef) and node.returns:
+            row = node.returns.lineno
+            start = lines[row - 1].rindex(" -> ", 0, column(row, node.returns.col_offset))
+            yield Cut((row, start), (node.returns.end_lineno or 0, column(row, node.returns.end_col_offset or 0)))
 
 
 def slim(source: str) -> str:
-    """A program without comments, docstrings and blank lines, each level of indentation one blank: what machines get.
+    """A program without comments, docstrings, annotations, blank lines, each level of indentation one blank: what machines get.
 
     A router's flash is small and its Python compiles slowly; who reads the source has the repository. The first comment lines
     (interpreter, licence) stay.
     """
     parts = (token[:1] + token[2:4] for token in tokenize.generate_tokens(io.StringIO(source).readline))
-    spots = [Spot(*part) for part in parts if part[0] != tokenize.NL]
+    spots = [(kind, start, end) for kind, start, end in parts if kind != tokenize.NL]
     lines = source.splitlines(keepends=True)
     head = next((row for row, line in enumerate(lines, 1) if not line.startswith("#")), len(lines))
-    cuts = [(spot, "") for spot in spots if spot.type == tokenize.COMMENT and spot.start[0] > head]
-    inside = {row for spot in spots for row in range(spot.start[0] + 1, spot.end[0] + 1)}  # lines that begin within a string
-    spots = [spot for spot in spots if spot.type != tokenize.COMMENT]
+    cuts = [Cut(start, end) for kind, start, end in spots if kind == tokenize.COMMENT and start[0] > head]
+    inside = {row for _, start, end in spots for row in range(start[0] + 1, end[0] + 1)}  # lines that begin within a string
+    spots = [spot for spot in spots if spot[0] != tokenize.COMMENT]
     depths: dict[int, int] = {}  # of the lines that begin a statement
     depth, before = 0, tokenize.NEWLINE
-    for spot, after, last in zip(spots, spots[1:], spots[2:]):
-        depth += (spot.type == tokenize.INDENT) - (spot.type == tokenize.DEDENT)
+    for (kind, start, end), after, last in zip(spots, spots[1:], spots[2:]):
+        depth += (kind == tokenize.INDENT) - (kind == tokenize.DEDENT)
         if before in (tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT):
-            depths[spot.start[0]] = depth
-            if spot.type == tokenize.STRING and after.type == tokenize.NEWLINE:  # a block cannot be empty
-                cuts.append((spot, '""' if last.type == tokenize.DEDENT else ""))
-        before = spot.type
-    for (_, (row, column), (end, last_column)), instead in sorted(cuts, reverse=True, key=lambda cut: cut[0].start):
-        lines[row - 1 : end] = [lines[row - 1][:column] + instead + lines[end - 1][last_column:], *[""] * (end - row)]
-        inside.difference_update(range(row + 1, end + 1))
+            depths[start[0]] = depth
+            if kind == tokenize.STRING and after[0] == tokenize.NEWLINE:  # a block cannot be empty
+                cuts.append(Cut(start, end, '""' if last[0] == tokenize.DEDENT else ""))
+        before = kind
+    for (row, column), (end_row, end_column), instead in sorted([*cuts, *signature_notes(source)], reverse=True):
+        lines[row - 1 : end_row] = [lines[row - 1][:column] + instead + lines[end_row - 1][end_column:], *[""] * (end_row - row)]
+        inside.difference_update(range(row + 1, end_row + 1))
     kept = [(row, line if row + 1 in inside else line.rstrip() + "\n") for row, line in enumerate(lines, 1)]
     return "".join(
         line if row in inside else " " * depths.get(row, 0) + line.lstrip() for row, line in kept if line.strip() or row in inside
