@@ -27,6 +27,7 @@ Contents
     RUN         the only place that starts processes
     FILES       the only place that writes files; locks
     SYSTEM      this machine: WireGuard back ends, addresses, routes
+    NAMES       the names of nodes for this machine's resolver
     API         one membership's conversation with its server
     RECONCILE   one check-in: exchange, plan, apply, confirm, report
     SERVICE     what makes a check-in happen every 15 s
@@ -605,6 +606,14 @@ def check_name(name: str) -> str:
     return folded
 
 
+def check_host_name(name: str) -> str:
+    """Labels of letters, digits and '-' with dots between them, folded: what stands before `.NETWORK` in a name."""
+    folded = name.lower()
+    if len(folded) > 192 or not all(re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", label) for label in folded.split(".")):
+        raise Invalid(f"{name!r:.200} is no host name: letters, digits and '-', with dots between the parts")
+    return folded
+
+
 def fold_name(text: str) -> str:
     """The nearest node name to any host name: its first label, folded; "node" where nothing is left."""
     folded = re.sub(r"[^a-z0-9]+", "-", text.lower().split(".")[0]).strip("-")
@@ -998,6 +1007,7 @@ class View(Kept):
     state: str = ""
     me: Row = {}
     peers: dict[str, Row] = {}
+    names: dict[str, list[str]] = {}  # those that no node has, with their addresses
     endpoints: dict[str, str] = {}  # by public key: the last that had a handshake
 
 
@@ -1023,6 +1033,8 @@ class Memory(Kept):
     said: str = ""
     warned: list[str] = []
     server: list[str] = []  # its addresses when its name last resolved
+    names: str = ""  # how names are set up
+    named: float = 0.0  # when they were last written to flash
 
     def __init__(self, values: Fields | None = None) -> None:
         super().__init__(values)
@@ -1173,6 +1185,8 @@ def parse_me(me: Any) -> Row:
     clean["interface"] = check_interface(me.get("interface") or "nm-")
     if me.get("localrange"):
         clean["localrange"] = str(ipaddress.ip_network(me["localrange"]))
+    if me.get("nameserver"):
+        clean["nameserver"] = check_address(me["nameserver"])
     return clean
 
 
@@ -1193,6 +1207,9 @@ def parse_news(view: View, news: Any) -> View:
             after.peers[record["id"]] = record
         if "me" in news:
             after.me = parse_me(news["me"])
+        if "names" in news or "from" not in news:
+            told = news.get("names", {}).items()
+            after.names = {check_host_name(name): [*map(check_address, addresses)] for name, addresses in told}
         return after
     except MALFORMED as bad:
         raise BadAnswer(f"the server sent something that this agent does not understand ({bad}): update netclient-lite?") from bad
@@ -1471,6 +1488,34 @@ def _peer_words(live: LivePeer | None, peer: Peer) -> list[str]:
     return words
 
 
+def host_lines(view: View, network: str) -> list[str]:
+    """The names of a network as a hosts file has them. All end in the network's own."""
+    if view.state != "active" or not view.me.get("dns"):
+        return []
+    found = [(record[kind], record["name"]) for record in view.peers.values() for kind in ("ip", "ip6") if record.get(kind)]
+    found += [(address, name) for name, addresses in view.names.items() for address in addresses]
+    return sorted(f"{address} {name}.{network}" for address, name in found)
+
+
+BLOCK = re.compile(r"(?ms)^# netclient begin(,?)[^\n]*\n(.*?)^# netclient end\n")
+
+
+def with_names(text: str, network: str, lines: Words) -> str:
+    """A hosts file with these names of a network and no others of it. One block for all networks; the rest stays as it is."""
+    block = BLOCK.search(text)
+    if block:
+        before, after = text[: block.start() - (block.group(1) == ",")], text[block.end() :]
+    else:
+        before, after = text, ""
+    held = [line for line in block.group(2).splitlines() if not line.endswith(f" # {network}")] if block else []
+    held = sorted([*held, *(f"{line} # {network}" for line in lines)])
+    if not held:
+        return before + after
+    joined = before and not before.endswith("\n")  # the comma remembers that its last line had no end
+    head = "\n# netclient begin, written by netclient-lite" if joined else "# netclient begin (written by netclient-lite)"
+    return before + "\n".join([head, *held, "# netclient end\n"]) + after
+
+
 METRIC = 5000  # of our routes: `ip route replace` replaces what has the same destination and metric, on any interface
 
 
@@ -1556,6 +1601,15 @@ class Run:
 # --------------------
 
 
+def read_exact(path: str) -> str:
+    """Every byte of a file, "" when it is not there."""
+    try:
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            return file.read()
+    except OSError:
+        return ""
+
+
 class Files:
     """The only place that writes files that last: 0600, temp file + fsync + rename, and only what differs."""
 
@@ -1580,6 +1634,33 @@ class Files:
             self._discard(temporary)
             raise NetclientError(f"cannot write {path} ({bad.strerror}): the old file is untouched; make room") from bad
         return True
+
+    def edit(self, path: str, text: str) -> None:
+        """Replace a file of somebody else's, as `read_exact` read it: mode and owner stay; a mount is written in place."""
+        if self.dry:
+            show("write " + path, True)
+            return
+        path = os.path.realpath(path)
+        temporary = path + ".netclient"
+        try:
+            self._put(temporary, text)
+            if os.path.exists(path):
+                info = os.stat(path)
+                os.chown(temporary, info.st_uid, info.st_gid)
+                os.chmod(temporary, info.st_mode & 0o7777)
+            else:
+                os.chmod(temporary, 0o644)
+            self.keep(temporary, path)
+        except OSError as bad:
+            self._discard(temporary)
+            if bad.errno not in (errno.EBUSY, errno.EXDEV):
+                raise NetclientError(f"cannot write {path} ({bad.strerror}): the old file is untouched") from bad
+            self._put(path, text)
+
+    @staticmethod
+    def _put(path: str, text: str) -> None:
+        with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+            file.write(text)
 
     def remove(self, path: str) -> None:
         if self.dry:
@@ -1782,6 +1863,85 @@ class System:
         except OSError as bad:
             return f"the clock is {behind:.0f} s behind {whose} and cannot be set ({bad.strerror})"
         return f"the clock was {behind:.0f} s behind {whose} and has been set forward"
+
+
+class Context(NamedTuple):
+    """What every command works with: files, the doors to the machine, how to speak to the user."""
+
+    paths: Paths
+    run: Run
+    files: Files
+    system: System
+    say: Callable[[str], None]
+
+
+# --------------------
+# NAMES
+# --------------------
+# Names stand in a hosts file, so they need neither server nor nameserver. Where a resolver can ask a nameserver for one domain
+# alone, it is told of the network's too; no machine gets another resolver for anything else.
+
+
+class Names:
+    """The names of one network on this machine. `how`: dnsmasq (OpenWrt's), or hosts, with resolved or openresolv beside it."""
+
+    def __init__(self, context: Context, network: str, interface: str) -> None:
+        self.run, self.files, self.paths = context.run, context.files, context.paths
+        self.network, self.interface = network, interface
+        folder = self.paths.root + "/tmp/hosts"  # noqa: S108 - OpenWrt's own, which its dnsmasq reads
+        self.openwrt = os.path.isdir(folder) and os.path.exists(self.paths.root + "/etc/openwrt_release")
+        self.place = f"{folder}/netclient-{network}" if self.openwrt else self.paths.root + "/etc/hosts"
+
+    def text(self, lines: Words) -> tuple[str, str]:
+        """The hosts file as it is, and as it shall be."""
+        now = read_exact(self.place)
+        return now, "".join(line + "\n" for line in lines) if self.openwrt else with_names(now, self.network, lines)
+
+    def write(self, text: str) -> None:
+        if text:
+            self.files.edit(self.place, text)
+        else:
+            self.files.remove(self.place)
+        for folder in ("/var/run/", "/var/run/dnsmasq/"):  # it reads hosts files at its start, and when told
+            for name in os.listdir(folder) if os.path.isdir(folder) and not self.run.dry else ():
+                pid = read_text(folder + name).strip() if re.fullmatch(r"dnsmasq.*\.pid", name) else ""
+                if pid.isdigit() and "dnsmasq" in read_text(f"/proc/{pid}/cmdline"):
+                    os.kill(int(pid), signal.SIGHUP)
+
+    def split(self, nameserver: str) -> tuple[str, list[Step]]:
+        """What has the resolver ask a nameserver for this network's names alone ("": no more): how it is called, the steps."""
+        if os.path.isdir("/run/systemd/resolve") and self.run.has("resolvectl"):
+            return "resolved", self._resolved(nameserver)
+        if self.run.has("resolvconf") and "openresolv" in self._said("resolvconf", "--version"):
+            return "openresolv", self._openresolv(nameserver)
+        return "", []
+
+    def _said(self, *argv: str) -> str:
+        try:
+            return self.run(*argv)
+        except CommandFailed:
+            return ""
+
+    def _resolved(self, nameserver: str) -> list[Step]:
+        """Per-link DNS, which goes with the interface."""
+        have = [self._said("resolvectl", kind, self.interface).partition(":")[2].split() for kind in ("dns", "domain")]
+        if have == ([[nameserver], ["~" + self.network]] if nameserver else [[], []]):
+            return []
+        if not nameserver:
+            return [Step(("resolvectl", "revert", self.interface), "ask no nameserver for names")]
+        orders = (("dns", nameserver), ("domain", "~" + self.network), ("default-route", "false"))
+        why = f"ask {nameserver} for names in {self.network}"
+        return [Step(("resolvectl", kind, self.interface, value), why) for kind, value in orders]
+
+    def _openresolv(self, nameserver: str) -> list[Step]:
+        """A private record: only for the domains in it, and not in resolv.conf."""
+        record = f"domain {self.network}\nnameserver {nameserver}\n" if nameserver else ""
+        have = [line.strip() for line in self._said("resolvconf", "-l", self.interface).splitlines() if line[:1] not in ("#", "")]
+        if have == record.splitlines():
+            return []
+        if not nameserver:
+            return [Step(("resolvconf", "-d", self.interface), "ask no nameserver for names")]
+        return [Step(("resolvconf", "-p", "-a", self.interface), f"ask {nameserver} for names in {self.network}", record)]
 
 
 # --------------------
@@ -2002,16 +2162,6 @@ def fetch_pin(sender: SocketTransport | RequestsTransport, server: str, verify: 
 # --------------------
 
 
-class Context(NamedTuple):
-    """What every command works with: files, the doors to the machine, how to speak to the user."""
-
-    paths: Paths
-    run: Run
-    files: Files
-    system: System
-    say: Callable[[str], None]
-
-
 def watch(memory: Memory, actual: Actual, wall: float, now: float) -> set[str]:
     """The keys of peers whose session lives; the memory notes when bytes came, and since when there is no handshake.
 
@@ -2129,6 +2279,7 @@ class Node:
         self.sources: dict[int, str] = {}
         self._live = Actual()
         self.fresh: set[str] = set()
+        self.late = False  # names are still to be written
         self.heard = 0.0
         self.changes: list[Step] = []
 
@@ -2344,7 +2495,34 @@ class Node:
         self.changes += steps
         if steps and not self.run.dry:
             self.read()
+        self.name(view)
         return bool(steps)
+
+    def name(self, view: View, over: bool = False) -> None:
+        """Have this machine know the names that the view has; `over`: none any more. What fails is said, and stops nothing."""
+        memory, network = self.memory, self.config.network
+        lines = [] if over else host_lines(view, network)
+        names = Names(self.context, network, self.config.interface)
+        before, after = names.text(lines)
+        try:
+            now = time.monotonic()
+            self.late = before != after and not over and not names.openwrt and 0 < memory.named <= now < memory.named + 60
+            if before != after and not self.late:  # flash is written once a minute
+                names.write(after)
+                memory.named = now
+            nameserver = view.me.get("nameserver", "") if lines else ""
+            how, steps = names.split(nameserver) if nameserver or memory.names not in ("", "hosts", "dnsmasq") else ("", [])
+            self.run.apply(steps)
+            self.changes += steps
+            memory.names = "" if not lines else how if nameserver and how else "dnsmasq" if names.openwrt else "hosts"
+        except (NetclientError, OSError) as bad:
+            self._warn(f"names are not as they should be: {bad}")
+
+    def _warn(self, sentence: str) -> None:
+        """Say it once."""
+        if sentence not in self.memory.warned:
+            self.context.say(f"{self.config.network}: {sentence}")
+            self.memory.warned.append(sentence)
 
     def _await_interface(self) -> None:
         end = time.monotonic() + 5
@@ -2540,7 +2718,7 @@ class Node:
         """Write down when the next full check is due (after a failure at once), and what the machine looks like."""
         now, memory = time.monotonic(), self.memory
         hurry = any(now - since < HOPELESS for key, since in memory.waiting.items() if self._tried(key))
-        unsettled = hurry or now < memory.unsettled or memory.trial is not None or bool(memory.switch)
+        unsettled = hurry or self.late or now < memory.unsettled or memory.trial is not None or bool(memory.switch)
         self.counters.due = now + CHECK_EVERY if done and not unsettled else 0
         self.counters.interface = self.config.interface
         self.counters.local = self.session.own or "-"
@@ -2661,6 +2839,7 @@ def end_membership(node: Node, tell: str) -> bool:
     It works with the server gone.
     """
     heard = False
+    node.name(View(), over=True)
     node.run.apply(node.system.removal(node.config.interface))
     for word in (tell, "confirm") if node.secret.node != "-" and not node.run.dry else ():
         try:
@@ -3192,6 +3371,7 @@ def status_of(node: Node) -> Row:
         "connected": actual.exists and actual.up,
         "revision": view.word,
         "last_exchange": int(wall - now + exchanged) if 0 < exchanged <= now else None,
+        "names": node.memory.names,
         "peers": peers,
     }
 

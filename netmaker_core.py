@@ -1595,11 +1595,25 @@ def hosts_file(entries: Iterable[Row]) -> str:
     return "# written by netmaker-lite; whatever is changed here is lost\n" + "".join(lines)
 
 
+COREDNS_ZONES = """%s {
+    hosts netmaker.hosts {
+        ttl 60
+        reload 5s
+        fallthrough
+    }
+    file netmaker.zone
+    errors
+}
+"""
+# What CoreDNS says of names that are in no hosts file: its hosts plugin alone answers SERVFAIL, for want of an SOA.
+ZONE = "@ 60 IN SOA @ hostmaster 1 3600 600 86400 60\n@ 60 IN NS @\n"
+
+
 def corefile(networks: Iterable[str]) -> str:
     """CoreDNS' configuration, for a CoreDNS that is started in the folder of this file."""
     zones = " ".join(networks)
-    own = "%s {\n    hosts netmaker.hosts {\n        ttl 60\n        reload 5s\n    }\n    errors\n}\n" % zones
-    return own * bool(zones) + ". {\n    reload 15s\n    forward . /etc/resolv.conf\n    cache 30\n    errors\n}\n"
+    own = COREDNS_ZONES % zones if zones else ""
+    return own + ". {\n    reload 15s\n    forward . /etc/resolv.conf\n    cache 30\n    errors\n}\n"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3062,14 +3076,6 @@ def remove_client(core: Core, client: Row) -> None:
 # ---- names
 
 
-def check_host_name(text: str) -> str:
-    """Labels of letters, digits and '-' with dots between them, folded."""
-    folded = text.lower()
-    if len(folded) > 192 or not re.fullmatch(r"(?!.*[.-]\.|-|.*-$|.*[^.]{64})[a-z0-9-]+(\.[a-z0-9][a-z0-9-]*)*", folded):
-        raise Invalid("%.200r is no host name: letters, digits and '-', with dots between the parts" % text)
-    return folded
-
-
 def each_name(core: Core, network: str) -> Iterator[Row]:
     """The names of a network ("": of all); `kind` is node, client or custom."""
     return (dict(zip(("network", "name", "ip", "ip6", "kind"), row)) for row in core.store.each(NAMES, (network,)))
@@ -3116,7 +3122,8 @@ def write_names(core: Core) -> None:
     """The files for CoreDNS, in the folder `dnsconfig`: those that are not yet as they should be."""
     folder = os.path.join(core.store.folder, "dnsconfig")
     os.makedirs(folder, mode=0o755, exist_ok=True)
-    texts = {"netmaker.hosts": hosts_file(each_name(core, "")), "Corefile": corefile(row["id"] for row in networks(core))}
+    zones = corefile(row["id"] for row in networks(core))
+    texts = {"netmaker.hosts": hosts_file(each_name(core, "")), "netmaker.zone": ZONE, "Corefile": zones}
     for name, text in texts.items():
         path = os.path.join(folder, name)
         if agent.read_text(path) != text:

@@ -84,7 +84,7 @@ RULES = {
         names={
             "subprocess": ("IMPORTS", "RUN"),
             "print": ("RUN", "FILES", "COMMANDS", "CLI"),
-            "signal": ("IMPORTS", "SERVICE", "COMMANDS"),
+            "signal": ("IMPORTS", "NAMES", "SERVICE", "COMMANDS"),
             "threading": ("IMPORTS", "COMMANDS"),
             "argparse": ("IMPORTS", "COMMANDS", "CLI"),
             "_socket": ("WIRE", "SYSTEM", "API"),
@@ -92,7 +92,7 @@ RULES = {
             "syslog": ("CLI",),
             "os.environ": ("WIRE", "RUN", "SYSTEM", "CLI"),
             "os._exit": ("WIRE",),
-            "os.kill": ("SERVICE",),
+            "os.kill": ("NAMES", "SERVICE"),
             "os.geteuid": ("COMMANDS",),
             "input": (),
         },

@@ -15,7 +15,7 @@ from serverkit import Client, Server, clients, make_core, settle
 
 import netmaker_core
 import netmaker_lite as server
-from netclient_lite import Invalid
+from netclient_lite import Invalid, check_host_name
 
 
 def add(core, name, ip="192.0.2.7", ip6=""):
@@ -28,7 +28,7 @@ def shown(core, network="default"):
 
 @pytest.mark.parametrize("name", ["printer", "a.b.c", "x", "3com", "a-b", "a" * 63 + ".b", "xn--bcher-kva"])
 def test_host_names(name):
-    assert netmaker_core.check_host_name(name.upper()) == name
+    assert check_host_name(name.upper()) == name
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_host_names(name):
 )
 def test_what_is_no_host_name(name):
     with pytest.raises(Invalid, match="no host name"):
-        netmaker_core.check_host_name(name)
+        check_host_name(name)
 
 
 LABEL = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,20}[a-z0-9])?", fullmatch=True)
@@ -63,13 +63,13 @@ LABEL = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,20}[a-z0-9])?", fullmatch=True)
 
 @given(st.lists(LABEL, min_size=1, max_size=5))
 def test_every_row_of_labels_is_one(labels):
-    assert netmaker_core.check_host_name(".".join(labels)) == ".".join(labels)
+    assert check_host_name(".".join(labels)) == ".".join(labels)
 
 
 @given(st.text("ab-._ \n1", max_size=12))
 def test_what_passes_is_safe_in_a_file(text):
     try:
-        name = netmaker_core.check_host_name(text)
+        name = check_host_name(text)
     except Invalid:
         return
     assert all(label and label.strip("-") == label and set(label) <= set("ab1-") for label in name.split("."))
@@ -205,7 +205,7 @@ def test_the_files_for_coredns(core):
     assert corefile.startswith("default {\n    hosts netmaker.hosts {\n") and "\n    reload " in corefile
     assert corefile.count("{") == corefile.count("}")
     before = {name: os.stat(os.path.join(folder, name)) for name in os.listdir(folder)}
-    assert {stat.S_IMODE(each.st_mode) for each in before.values()} == {0o644} and len(before) == 2
+    assert {stat.S_IMODE(each.st_mode) for each in before.values()} == {0o644} and len(before) == 3
     netmaker_core.set_network(core, "default", {"mtu": 1400})
     netmaker_core.write_names(core)
     after = {name: os.stat(os.path.join(folder, name)) for name in os.listdir(folder)}
