@@ -1587,9 +1587,10 @@ def mark(text: str) -> str:
     return blake2b(text.encode(), digest_size=4).hexdigest()
 
 
-def nft_match(flow: Flow) -> str:
+def nft_match(flow: Flow, family: str = "inet") -> str:
     kind = "ip6" if flow.version == 6 else "ip"
-    words = ["meta nfproto ipv%d" % flow.version]
+    plain = family == "inet" and not (flow.source or flow.target)  # nft refuses it where it says nothing new
+    words = ["meta nfproto ipv%d" % flow.version] if plain else []
     for word, value in (("iifname", flow.entry), ("oifname", flow.exit)):
         words += [f'{word} "{value}"'] if value else []
     for word, value in (("saddr", flow.source), ("daddr", flow.target)):
@@ -1604,7 +1605,7 @@ def nft_foreign(key: tuple[str, ...], rules: Rules | None, hook: str) -> list[st
     if hook == "input":
         return ["udp dport %d accept" % rules.port]
     fit = {"ip": (4,), "ip6": (6,)}.get(key[0], (4, 6))
-    return [nft_match(flow) + " accept" for flow in rules.passed if flow.version in fit]
+    return [nft_match(flow, key[0]) + " accept" for flow in rules.passed if flow.version in fit]
 
 
 def nft_own(rules: Rules | None) -> dict[str, list[str]]:
@@ -1673,8 +1674,8 @@ def plan_nft(
 PARENTS = (("filter", "FORWARD"), ("filter", "INPUT"), ("nat", "POSTROUTING"))
 
 
-def iptables_rules(rules: Rules, version: int, whole: bool) -> dict[str, list[str]]:
-    """The rules of the own chains by the chain that leads to each. Not `whole`: nft does all but the accepts."""
+def iptables_rules(rules: Rules, version: int, only: Words | None) -> dict[str, list[str]]:
+    """The rules of the own chains by the chain that leads to each; `only`: accepts for these, as nft does the rest."""
 
     def words(flow: Flow, target: str) -> str:
         pairs = (("-i", flow.entry), ("-o", flow.exit), ("-s", flow.source), ("-d", flow.target))
@@ -1683,12 +1684,13 @@ def iptables_rules(rules: Rules, version: int, whole: bool) -> dict[str, list[st
 
     clamp = "-p tcp --tcp-flags SYN,RST SYN -j TCPMSS --clamp-mss-to-pmtu"
     accepts = [words(flow, "ACCEPT") for flow in rules.passed if flow.version == version]
-    closed = [f"-i {rules.interface} -j DROP"] if rules.closed and whole else []
-    return {
-        "FORWARD": [*([f"{way} {rules.interface} {clamp}" for way in ("-i", "-o")] if whole else ()), *accepts, *closed],
-        "INPUT": ["-p udp --dport %d -j ACCEPT" % rules.port],
-        "POSTROUTING": [words(flow, "MASQUERADE") for flow in rules.masked if flow.version == version],
-    }
+    port = "-p udp --dport %d -j ACCEPT" % rules.port
+    if only is not None:
+        return {parent: chosen for parent, chosen in (("FORWARD", accepts), ("INPUT", [port])) if parent in only}
+    clamps = [f"{way} {rules.interface} {clamp}" for way in ("-i", "-o")]
+    masked = [words(flow, "MASQUERADE") for flow in rules.masked if flow.version == version]
+    closed = [f"-i {rules.interface} -j DROP"] * rules.closed
+    return {"FORWARD": [*clamps, *accepts, *closed], "INPUT": [port], "POSTROUTING": masked}
 
 
 def plan_iptables(network: str, wanted: Mapping[str, Words], listed: Mapping[str, str]) -> str:
@@ -2104,17 +2106,16 @@ class Iptables:
     def plan(self, network: str, rules: Rules | None) -> list[Step]:
         return [step for tool in ("iptables", "ip6tables") if self.run.has(tool) for step in self.steps(tool, network, rules)]
 
-    def steps(self, tool: str, network: str, rules: Rules | None, whole: bool = True) -> list[Step]:
-        """With one tool; not `whole`: only the accepts."""
+    def steps(self, tool: str, network: str, rules: Rules | None, only: Words | None = None) -> list[Step]:
         version = 6 if tool.startswith("ip6") else 4
         unused = not rules or all(flow.version != version for flow in rules.passed)
         try:
-            listed = {table: self.run(tool, "-t", table, "-S") for table in (("filter", "nat") if whole else ("filter",))}
+            listed = {table: self.run(tool, "-t", table, "-S") for table in (("filter", "nat") if only is None else ("filter",))}
         except CommandFailed:
             if unused:
                 return []  # a kernel without it
             raise
-        text = plan_iptables(network, iptables_rules(rules, version, whole) if rules else {}, listed)
+        text = plan_iptables(network, iptables_rules(rules, version, only) if rules else {}, listed)
         return [Step((tool + "-restore", "-n"), f"set {tool} for {network}", text)] if text else []
 
 
@@ -2131,15 +2132,16 @@ class Nft:
         chains = parse_ruleset(self.run("nft", "-a", "-t", "list", "ruleset"))
         managed, steps = [], []
         for family, tool in (("ip", "iptables"), ("ip6", "ip6tables")):
-            there = [(family, "filter", chain) for chain in ("FORWARD", "INPUT") if (family, "filter", chain) in chains]
+            there = [key for key in ((family, "filter", "FORWARD"), (family, "filter", "INPUT")) if key in chains]
             if there and self.run.has(tool):
                 managed.append((family, "filter"))
-                needed = rules if any(drops(key, chains) for key in there) else None
-                if needed or any((family, "filter", f"netclient-{key[2][0]}-{network}") in chains for key in there):
-                    steps += self.iptables.steps(tool, network, needed, False)
+                dropping = [key[2] for key in there if drops(key, chains)]
+                mine = any((family, "filter", f"netclient-{letter}-{network}") in chains for letter in "FI")
+                if mine or (rules and dropping):
+                    steps += self.iptables.steps(tool, network, rules, dropping)
             legacy = tool + "-legacy"
             if "filter" in read_text(f"/proc/net/{family}_tables_names").split() and self.run.has(legacy):
-                steps += self.iptables.steps(legacy, network, rules, False)
+                steps += self.iptables.steps(legacy, network, rules, ("FORWARD", "INPUT"))
         text = plan_nft(network, rules, chains, managed)
         return [*([Step(("nft", "-f", "-"), f"set nft for {network}", text)] if text else ()), *steps]
 

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gateways on real kernels: LANs whose hosts know nothing of WireGuard, behind firewalls that drop; all of it undone."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from lab import Host, Lab, unfit
+from mesh import Member, Mesh
+
+UNFIT = unfit("wg", "iptables", "ip6tables")
+pytestmark = [pytest.mark.lab, pytest.mark.skipif(bool(UNFIT), reason=UNFIT), pytest.mark.timeout(240)]
+
+SWITCHES = 'for f in /proc/sys/net/ipv[46]/conf/*/*; do case $f in */nm-*) ;; *) echo "$f $(cat "$f" 2>/dev/null)";; esac; done'
+
+
+def tables(host: Host, *more: str) -> str:
+    """Firewall and switches of a machine, without what counts by itself."""
+    texts = [host.run(*command).stdout for command in (("nft", "list", "ruleset"), ("iptables-save",), ("ip6tables-save",))]
+    texts += [host.run("sh", "-c", SWITCHES + " | grep -E '/(forwarding|send_redirects|accept_ra|rp_filter) '").stdout]
+    texts += [host.run("ip", *family, "route").stdout for family in ((), ("-6",))] if "routes" in more else []
+    text = "\n".join(texts)
+    return re.sub(r"(?m)^#.*$|counter packets \d+ bytes \d+|\[\d+:\d+\]", "", text)
+
+
+def shut(home: Host) -> None:
+    """Its own firewall takes nothing from outside but answers."""
+    home.run("nft", "add chain ip home input { policy drop; }")
+    home.run("nft", "add rule ip home input ct state established,related accept")
+    home.run("nft", "add rule ip home input iifname != wan accept")
+
+
+def reached(host: Host, *addresses: str) -> None:
+    lost = {address: loss for address in addresses for loss in [host.ping(address, 2)] if loss.lost}
+    assert not lost, f"{host.name}: {lost}"
+
+
+def everywhere(members: list[Member]) -> None:
+    for member in members:
+        member.checkin()
+
+
+def test_two_opened_lans_behind_routers_that_drop(lab: Lab) -> None:
+    """Without NAT, host to host; IPv6 beside; nothing lost by others; a flushed firewall is repaired; all undone."""
+    mesh = Mesh(lab)
+    homes = [lab.router("home1", "203.0.113.21"), lab.router("home2", "203.0.113.22", lan="192.168.100.0/24")]
+    tvs = [lab.site("tv1", homes[0]), lab.site("tv2", homes[1])]
+    for number, (home, tv) in enumerate(zip(homes, tvs)):
+        home.run("ip", "-6", "addr", "add", f"fd07:{number}::1/64", "dev", "br-lan", "nodad")
+        tv.run("ip", "-6", "addr", "add", f"fd07:{number}::10/64", "dev", "eth0", "nodad")
+        tv.run("ip", "-6", "route", "add", "default", "via", f"fd07:{number}::1")
+        shut(home)
+    blank = [tables(home, "routes") for home in homes]
+    hub, near, far = mesh.join(mesh.host), mesh.join(homes[0]), mesh.join(homes[1])
+    members = [hub, near, far]
+    mesh.settle(members)
+    before = [tables(home) for home in homes]
+    with hub.host.pinging(far.address, 0.02) as pinging:
+        mesh.admin("node", "egress", "demo", "home1", "192.168.1.0/24", "fd07:0::/64", "--no-nat")
+        mesh.admin("node", "egress", "demo", "home2", "192.168.100.0/24", "fd07:1::/64", "--interface", "br-lan", "--no-nat")
+        everywhere(members)
+        everywhere(members)
+        assert pinging.stop().lost == 0
+    ips = [tv.ip for tv in tvs]
+    reached(hub.host, *ips)
+    reached(tvs[0], tvs[1].ip, hub.address, far.address, "fd07:1::10")
+    reached(tvs[1], tvs[0].ip, hub.address, near.address, "fd07:0::10")
+    assert "192.168.100.0/24 dev nm-demo" in hub.host.run("ip", "route").stdout
+    opened = [tables(home) for home in homes]
+    everywhere(members)
+    assert [tables(home) for home in homes] == opened
+
+    homes[0]._boot()  # its own firewall anew
+    shut(homes[0])
+    homes[0].run("nft", "flush", "table", "inet", "netclient")
+    homes[0].run("conntrack", "-F")
+    assert tvs[1].ping(tvs[0].ip, 1).lost
+    near.checkin("--force")
+    reached(tvs[1], tvs[0].ip)
+
+    with hub.host.pinging(near.address, 0.02) as pinging:
+        mesh.admin("node", "egress", "demo", "home2", "off")
+        everywhere(members)
+        assert pinging.stop().lost == 0
+    assert tables(homes[1]) == before[1]
+    assert "192.168.100.0/24" not in hub.host.run("ip", "route").stdout
+    mesh.kill()
+    near.leave()
+    far.leave()
+    assert tables(homes[1], "routes") == blank[1]
+    assert tables(homes[0], "routes") == blank[0]
+
+
+def test_a_nas_with_docker_opens_its_lan(lab: Lab) -> None:
+    """iptables -P FORWARD DROP, forwarding off, NAT, two networks on one machine."""
+    mesh = Mesh(lab)
+    home = lab.router("home", "203.0.113.21")
+    nas, tv = lab.site("nas", home), lab.site("tv", home)
+    for tool in ("iptables", "ip6tables"):
+        nas.run(tool, "-P", "FORWARD", "DROP")
+        nas.run(tool, "-A", "FORWARD", "-i", "docker0", "-j", "ACCEPT")
+        nas.run(tool, "-t", "nat", "-A", "POSTROUTING", "-o", "docker0", "-j", "MASQUERADE")
+    blank = tables(nas, "routes")
+    hub, member = mesh.join(mesh.host), mesh.join(nas)
+    mesh.admin("network", "add", "second", "--range", "10.99.0.0/24")
+    other = mesh.join(nas, network="second")
+    far = mesh.join(mesh.host, network="second")
+    mesh.settle([hub, member])
+    for network, ranges in (("demo", "192.168.1.0/24"), ("second", "192.168.1.12/32")):
+        mesh.admin("node", "egress", network, "nas", ranges)
+    nas.agent("checkin", "-n", "demo")
+    only = tables(nas)
+    nas.agent("checkin", "-n", "second")
+    hub.checkin()
+    reached(hub.host, tv.ip)
+    assert "-j netclient-F-demo" in nas.run("iptables-save").stdout
+    kept = json.loads(nas.read("/var/run/netclient/switches"))
+    assert kept["/proc/sys/net/ipv4/conf/eth0/forwarding"] == ["0", "demo", "second"]
+    assert nas.read("/proc/sys/net/ipv4/ip_forward").strip() == "0"
+    nas.run("iptables", "-D", "FORWARD", "-j", "netclient-F-demo")
+    assert hub.host.ping(tv.ip, 1).lost
+    member.checkin("--force")
+    reached(hub.host, tv.ip)
+    other.leave()
+    assert tables(nas) == only
+    reached(hub.host, tv.ip)
+    mesh.kill()
+    member.leave()
+    assert tables(nas, "routes") == blank
+    far.leave()
+
+
+@pytest.mark.parametrize("kind", ["nft", "legacy"])
+def test_iptables_alone(lab: Lab, kind: str) -> None:
+    """A machine without nft: the ranges alone are opened, for nothing else was forwarded before."""
+    mesh = Mesh(lab)
+    home = lab.router("home", "203.0.113.21")
+    nas, tv = lab.site("nas", home), lab.site("tv", home)
+    nas.run("ip", "addr", "add", "192.168.1.200/32", "dev", "eth0")
+    for tool in ("iptables", "iptables-save", "iptables-restore", "ip6tables", "ip6tables-save", "ip6tables-restore"):
+        nas.run("ln", "-sf", f"/usr/sbin/xtables-{kind}-multi", f"/usr/sbin/{tool}")
+    nas.run("iptables", "-P", "FORWARD", "DROP")
+    for table in ("filter", "nat"):
+        nas.run("ip6tables", "-t", table, "-A", "OUTPUT", "-j", "ACCEPT")
+        nas.run("iptables", "-t", table, "-A", "OUTPUT", "-j", "ACCEPT")
+    nas.run("rm", "/usr/sbin/nft")
+
+    def saved() -> str:
+        text = "".join(nas.run(tool + "-save").stdout for tool in ("iptables", "ip6tables"))
+        return re.sub(r"(?m)^#.*$|\[\d+:\d+\]", "", text)
+
+    blank = saved()
+    hub, member = mesh.join(mesh.host), mesh.join(nas)
+    mesh.settle([hub, member])
+    mesh.admin("node", "egress", "demo", "nas", f"{tv.ip}/32")
+    everywhere([member, hub])
+    reached(hub.host, tv.ip)
+    opened = saved()
+    assert "MASQUERADE" in opened and "-i nm-demo -m comment" in opened
+    member.checkin("--force")
+    assert saved() == opened
+    for tool in ("iptables",):
+        nas.run(tool, "-F", "netclient-F-demo")
+    member.checkin("--force")
+    assert saved() == opened
+    mesh.admin("node", "egress", "demo", "nas", "off")
+    everywhere([member])
+    # the built-in chains of a table stay once it was used
+    assert sorted(set(saved().split("\n")) - set(blank.split("\n"))) in ([], [":INPUT ACCEPT "], [":POSTROUTING ACCEPT "])
