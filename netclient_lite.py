@@ -2797,6 +2797,16 @@ class Node:
                 strangers = [text for text in self.keep_out() if "/" not in text and not inside(text, self.place.subnets)]
                 links = self.system.links() if view.me.get("egress") else ()
                 rules, warnings = gateway_rules(view, interface, port, ways, strangers, links)
+                for flow in rules.passed if rules else ():
+                    strict = "1" == max(read_text(f"{IPV4}{name}/rp_filter").strip() for name in ("all", flow.exit))
+                    if (
+                        strict
+                        and flow.version == 4
+                        and flow.target
+                        and not flow.back
+                        and flow.exit not in exits(flow.target, ways)
+                    ):
+                        warnings.append(f"{flow.exit} drops what comes from {flow.target}: set its rp_filter to 2")
             gateway = self.gateway()
             if rules and gateway.backend is None:
                 warnings.append("it forwards without NAT: there is no nft and no iptables here; install nftables")

@@ -9,6 +9,7 @@ import re
 import pytest
 from lab import Host, Lab, unfit
 from mesh import Member, Mesh
+from openwrtkit import make_openwrt
 
 UNFIT = unfit("wg", "iptables", "ip6tables")
 pytestmark = [pytest.mark.lab, pytest.mark.skipif(bool(UNFIT), reason=UNFIT), pytest.mark.timeout(240)]
@@ -161,11 +162,43 @@ def test_iptables_alone(lab: Lab, kind: str) -> None:
     assert "MASQUERADE" in opened and "-i nm-demo -m comment" in opened
     member.checkin("--force")
     assert saved() == opened
-    for tool in ("iptables",):
-        nas.run(tool, "-F", "netclient-F-demo")
+    nas.run("iptables", "-F", "netclient-F-demo")
     member.checkin("--force")
     assert saved() == opened
     mesh.admin("node", "egress", "demo", "nas", "off")
     everywhere([member])
     # the built-in chains of a table stay once it was used
     assert sorted(set(saved().split("\n")) - set(blank.split("\n"))) in ([], [":INPUT ACCEPT "], [":POSTROUTING ACCEPT "])
+
+
+def test_an_openwrt_router_opens_its_lan(lab: Lab) -> None:
+    """By UCI, written once; what the server takes away goes, and so does what a crash left behind."""
+    mesh = Mesh(lab)
+    home = lab.router("home", "203.0.113.21")
+    tv = lab.site("tv", home)
+    make_openwrt(home)
+    blank, config = home.run("nft", "list", "ruleset").stdout, home.read("/etc/config/firewall")
+    hub, member = mesh.join(mesh.host), mesh.join(home)
+    mesh.settle([hub, member])
+    assert home.read("/etc/config/firewall") == config
+    mesh.admin("node", "egress", "demo", "home", "192.168.1.0/24")
+    everywhere([member, hub])
+    reached(hub.host, tv.ip)
+    reached(tv, hub.address)
+    for _ in range(2):
+        member.checkin("--force")
+    assert home.read("/tmp/commits") == "x" and home.read("/tmp/reloads") == "xx"
+    home.run("fw4", "-q", "reload")
+    reached(tv, hub.address)
+    home.reboot()
+    home.run("nft", "flush", "ruleset")
+    home.run("fw4", "-q", "reload")
+    mesh.admin("node", "egress", "demo", "home", "off")
+    member.checkin()
+    assert home.read("/etc/config/firewall") == config
+    mesh.admin("node", "egress", "demo", "home", "192.168.1.0/24")
+    member.checkin()
+    assert home.read("/etc/config/firewall") != config
+    mesh.kill()
+    member.leave()
+    assert home.read("/etc/config/firewall") == config and home.run("nft", "list", "ruleset").stdout == blank
