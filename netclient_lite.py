@@ -1553,7 +1553,7 @@ def gateway_rules(
     egress, forward, clients = roles(view)
     if not (egress or forward or clients):
         return None, []
-    if not view.me["forwarding"]:
+    if not view.me.get("forwarding", True):
         return None, ["the server wants this node to forward, which --ipforwarding no forbids: it forwards nothing"]
     homes = [view.me[width] for width in ("range", "range6") if view.me.get(width)]
     out = [(text, ipaddress.ip_network(text, strict=False)) for text in (*homes, *keep_out)]
@@ -2007,6 +2007,10 @@ class System:
         if os.path.exists("/proc/net/if_inet6"):
             found += parse_ways(self.run("ip", "-6", "route", "show"), 6)
         return [way for way in found if way[1] not in (interface, "lo")]
+
+    def is_strict(self, interface: str) -> bool:
+        """Whether packets are dropped whose way back is another interface's."""
+        return max(read_text(f"/proc/sys/net/ipv4/conf/{name}/rp_filter").strip() for name in ("all", interface)) == "1"
 
     def removal(self, interface: str) -> list[Step]:
         return [Step(("ip", "link", "del", "dev", interface), f"remove {interface}")] if self.exists(interface) else []
@@ -2784,9 +2788,6 @@ class Node:
             self.read()
         return bool(steps)
 
-    def gateway(self) -> Gateway:
-        return Gateway(self.run, self.files, self.context.paths.run, self.config.network)
-
     def _forward(self, view: View, port: int) -> list[Step]:
         """Firewall and forwarding as the view's roles want them. What fails here is said and stops nothing else."""
         rules, steps = None, []
@@ -2795,19 +2796,14 @@ class Node:
             if any(roles(view)):
                 ways, interface = self.system.ways(self.config.interface), self.config.interface
                 strangers = [text for text in self.keep_out() if "/" not in text and not inside(text, self.place.subnets)]
-                links = self.system.links() if view.me.get("egress") else ()
+                named = view.me.get("egress", {}).get("interface", "")
+                links = [named] if named and self.system.exists(named) else []
                 rules, warnings = gateway_rules(view, interface, port, ways, strangers, links)
-                for flow in rules.passed if rules else ():
-                    strict = "1" == max(read_text(f"{IPV4}{name}/rp_filter").strip() for name in ("all", flow.exit))
-                    if (
-                        strict
-                        and flow.version == 4
-                        and flow.target
-                        and not flow.back
-                        and flow.exit not in exits(flow.target, ways)
-                    ):
-                        warnings.append(f"{flow.exit} drops what comes from {flow.target}: set its rp_filter to 2")
-            gateway = self.gateway()
+                away = [flow for flow in rules.passed if flow.target and not flow.back] if rules else []
+                for name, target in [(flow.exit, flow.target) for flow in away if flow.exit not in exits(flow.target, ways)]:
+                    if self.system.is_strict(name):
+                        warnings.append(f"{name} drops what comes from {target}: set its rp_filter to 2")
+            gateway = Gateway(self.run, self.files, self.context.paths.run, self.config.network)
             if rules and gateway.backend is None:
                 warnings.append("it forwards without NAT: there is no nft and no iptables here; install nftables")
             steps = gateway.apply(rules)

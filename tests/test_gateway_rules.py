@@ -4,17 +4,22 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
-from agentkit import own_settings, record, view_of
+from agentkit import Clock, Standing, own_settings, record, view_of
 from hypothesis import given
 from hypothesis import strategies as st
 
+import netclient_lite as agent
 from netclient_lite import (
+    Files,
     Flow,
+    Gateway,
     Invalid,
     Rules,
+    Run,
     exits,
     gateway_rules,
     iptables_rules,
@@ -443,3 +448,45 @@ def test_uci_is_as_wanted_after_one_step(changes: list[tuple[str, Rules | None]]
         assert model.commits - before == bool(text)
         assert [plan_uci(o, w, {**zones, IF: section(o)}, model.show()) for o, w in wanted.items()] == [""] * len(wanted)
     assert model.sections == UciModel().sections
+
+
+# -- the node
+
+
+@pytest.mark.parametrize("role", [{"forward": True}, {"egress": {"ranges": ["192.168.7.0/24"], "interface": "", "nat": True}}])
+def test_a_change_of_roles_is_on_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, role: dict[str, Any]) -> None:
+    standing = Standing(tmp_path, view_of(record("b", ip="10.20.30.5")))
+    standing.settle()
+    node, seen = standing.node, []
+    monkeypatch.setattr(node, "_forward", lambda view, port: seen.append(roles(view)) or [])
+    node.counters.word = "1.00000001"
+    node.adopt({"from": "1.00000001", "word": "2.00000002", "me": own_settings(**role)})
+    assert node.memory.trial and any(seen[-1])
+    monkeypatch.setattr(node.session, "exchange", lambda *_: (_ for _ in ()).throw(agent.Unreachable("gone")))
+    monkeypatch.setattr(agent, "time", Clock())
+    node._roll_back()
+    assert not any(seen[-1]) and node.memory.rejected["word"] == "2.00000002"
+
+
+def test_a_node_without_a_role_starts_nothing_for_it(tmp_path: Path) -> None:
+    class NoRun(Run):
+        def __call__(self, *argv: str, stdin: str = "", detached: bool = False) -> str:
+            raise AssertionError(argv)
+
+    assert Gateway(NoRun(), Files(), str(tmp_path), "demo").apply(None) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_set_is_said_once_and_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    standing = Standing(tmp_path, view_of(record("b", ip="10.20.30.5"), forward=True))
+
+    def fails(*_: Any) -> Any:
+        raise agent.CommandFailed(["nft", "-f", "-"], 1, "no such file")
+
+    monkeypatch.setattr(Gateway, "apply", fails)
+    monkeypatch.setattr(agent.System, "ways", lambda *_: WAYS)
+    standing.settle()
+    standing.settle()
+    assert [text for text in standing.said if "gateway" in text] == [
+        "demo: the gateway is not as it should be: `nft -f -` failed (status 1): no such file"
+    ]
