@@ -1539,11 +1539,10 @@ def roles(view: View) -> tuple[Any, ...]:
 def exits(text: str, ways: Sequence[tuple[str, str]]) -> list[str]:
     """The interfaces behind which a range lies: those of all routes inside it, else that of the narrowest one around it."""
     network: Any = ipaddress.ip_network(text)
-    known = [(other, name) for other, name in ((ipaddress.ip_network(to), name) for to, name in ways)]
-    same = [(other, name) for other, name in known if other.version == network.version]
-    inner = {name for other, name in same if other.subnet_of(network)}
-    around = sorted((-other.prefixlen, at, name) for at, (other, name) in enumerate(same) if network.subnet_of(other))
-    return sorted(inner) or [name for _, _, name in around[:1]]
+    near = [(ipaddress.ip_network(to), name) for to, name in ways if (":" in to) == (":" in text)]
+    around = [(to.prefixlen, name) for to, name in near if network.subnet_of(to)]
+    narrowest = [name for length, name in around if length == max(around)[0]]
+    return sorted({name for to, name in near if to.subnet_of(network)}) or narrowest[:1]
 
 
 def gateway_rules(
@@ -1632,6 +1631,12 @@ def drops(key: tuple[str, ...], chains: Mapping[tuple[str, ...], Sequence[str]],
     return bool(re.search(r"\b(drop|reject)\b", text)) or any(drops((*key[:2], to), chains, seen | {key[2]}) for to in further)
 
 
+def on_top(lines: Words) -> bool:
+    """Whether all of ours, of any network, stand before all others'."""
+    ours = [bool(re.search(r"\bnetclient[:-]", line)) for line in lines]
+    return ours == sorted(ours, reverse=True)
+
+
 def plan_nft(
     network: str, rules: Rules | None, chains: Mapping[tuple[str, ...], Sequence[str]], managed: Iterable[tuple[str, ...]] = ()
 ) -> str:
@@ -1663,11 +1668,11 @@ def plan_nft(
         if not base or key[0] not in ("ip", "ip6", "inet") or key[:2] in (OWN_TABLE, *managed):
             continue
         texts = nft_foreign(key, rules, base.group(1)) if drops(key, chains) else []
-        at = [(number, found.groups()) for number, found in enumerate(map(mine.search, body)) if found]
-        top = next((number for number, line in enumerate(body) if number and 'comment "netclient:' not in line), len(body))
-        if [hash_ for _, (hash_, _) in at] != [mark(text) for text in texts] or any(number > top for number, _ in at):
-            lines += ["delete rule {} handle {}".format(" ".join(key), handle) for _, (_, handle) in at]
-            lines += ["insert rule {} {}".format(" ".join(key), marked(text)) for text in reversed(texts)]
+        there = [found.groups() for found in map(mine.search, body) if found]
+        if [name for name, _ in there] != [mark(text) for text in texts] or (texts and not on_top(body[1:])):
+            place = " ".join(key)
+            lines += [f"delete rule {place} handle {handle}" for _, handle in there]
+            lines += [f"insert rule {place} {marked(text)}" for text in reversed(texts)]
     return "".join(line + "\n" for line in lines)
 
 
@@ -1704,8 +1709,7 @@ def plan_iptables(network: str, wanted: Mapping[str, Words], listed: Mapping[str
             said = listed[table].splitlines()
             have = [re.findall(r"--comment \"?(\w+)", line)[:1] for line in said if line.startswith(f"-A {chain} ")]
             jumps = [line.split(" -j ")[-1] for line in said if line.startswith(f"-A {parent} ")]
-            top = next((number for number, jump in enumerate(jumps) if not jump.startswith("netclient-")), len(jumps))
-            led = jumps.count(chain) == 1 and jumps.index(chain) < top
+            led = jumps.count(chain) == 1 and on_top(jumps)
             if (led and have == [[mark(rule)] for rule in rules]) if rules else f"-N {chain}" not in said:
                 continue
             lines += [f"-D {parent} -j {chain}"] * jumps.count(chain)
@@ -2214,13 +2218,10 @@ class Gateway:
         if any(flow.version == 6 for flow in rules.passed) and self._original(IPV6 + "all/forwarding") == "0":
             routes = [line.split() for line in read_text("/proc/net/ipv6_route").splitlines()]
             learnt = {word[9] for word in routes if len(word) > 9 and int(word[8], 16) & 0x40000}  # RTF_ADDRCONF
-            still = read_text(IPV6 + "all/forwarding").strip() == "0"
-            paths = [f"{IPV6}{name}/accept_ra" for name in sorted(learnt)]
-            wanted.update((path, "2") for path in paths if self._original(path) == "1")
+            paths = {f"{IPV6}{name}/accept_ra" for name in learnt} | {path for path in self.kept if path.endswith("/accept_ra")}
+            wanted.update((path, "2") for path in sorted(paths) if self._original(path) == "1")
             wanted[IPV6 + "all/forwarding"] = "1"
-            alone = [f"{IPV6}{name}/forwarding" for name in sorted(os.listdir(IPV6)) if name != "all"]
-            wanted.update((path, "1") for path in alone if (still or path in self.kept) and self._original(path) == "1")
-        return wanted
+        return {path: value for path, value in wanted.items() if read_text(path)}
 
     def _restore(self, wanted: Mapping[str, str]) -> None:
         """Put switches back that no network wants any more."""
