@@ -7,7 +7,7 @@ import json
 import re
 
 import pytest
-from lab import Host, Lab, unfit
+from lab import Host, Lab, unfit, wait_for
 from mesh import Member, Mesh
 from openwrtkit import make_openwrt
 
@@ -23,7 +23,7 @@ def tables(host: Host, *more: str) -> str:
     texts += [host.run("sh", "-c", SWITCHES + " | grep -E '/(forwarding|send_redirects|accept_ra|rp_filter) '").stdout]
     texts += [host.run("ip", *family, "route").stdout for family in ((), ("-6",))] if "routes" in more else []
     text = "\n".join(texts)
-    return re.sub(r"(?m)^#.*$|counter packets \d+ bytes \d+|\[\d+:\d+\]", "", text)
+    return re.sub(r"(?m)^#.*$| expires \d+sec|counter packets \d+ bytes \d+|\[\d+:\d+\]", "", text)
 
 
 def shut(home: Host) -> None:
@@ -36,6 +36,20 @@ def shut(home: Host) -> None:
 def reached(host: Host, *addresses: str) -> None:
     lost = {address: loss for address in addresses for loss in [host.ping(address, 2)] if loss.lost}
     assert not lost, f"{host.name}: {lost}"
+
+
+ADVERTISE = """
+import socket
+sock = socket.socket(socket.AF_INET6, socket.SOCK_RAW, socket.IPPROTO_ICMPV6)
+sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_MULTICAST_HOPS, 255)
+router_advertisement = bytes([134, 0, 0, 0, 64, 0, 7, 8]) + bytes(8)  # a default router for 1,800 s
+sock.sendto(router_advertisement, ("ff02::1", 0, 0, socket.if_nametoindex("br-inet")))
+"""
+
+
+def advertised(internet: Host, home: Host) -> bool:
+    internet.run(internet.lab.python, "-c", ADVERTISE, check=False)  # not before its own address has settled
+    return "default via fe80::" in home.run("ip", "-6", "route").stdout
 
 
 def everywhere(members: list[Member]) -> None:
@@ -53,6 +67,7 @@ def test_two_opened_lans_behind_routers_that_drop(lab: Lab) -> None:
         tv.run("ip", "-6", "addr", "add", f"fd07:{number}::10/64", "dev", "eth0", "nodad")
         tv.run("ip", "-6", "route", "add", "default", "via", f"fd07:{number}::1")
         shut(home)
+    wait_for(lambda: advertised(lab.internet, homes[0]), 10, "a route from a router advertisement")
     blank = [tables(home, "routes") for home in homes]
     hub, near, far = mesh.join(mesh.host), mesh.join(homes[0]), mesh.join(homes[1])
     members = [hub, near, far]
@@ -68,6 +83,8 @@ def test_two_opened_lans_behind_routers_that_drop(lab: Lab) -> None:
     reached(hub.host, *ips)
     reached(tvs[0], tvs[1].ip, hub.address, far.address, "fd07:1::10")
     reached(tvs[1], tvs[0].ip, hub.address, near.address, "fd07:0::10")
+    assert homes[0].read("/proc/sys/net/ipv6/conf/wan/accept_ra") == "2\n"
+    assert "default via fe80::" in homes[0].run("ip", "-6", "route").stdout
     assert "192.168.100.0/24 dev nm-demo" in hub.host.run("ip", "route").stdout
     opened = [tables(home) for home in homes]
     everywhere(members)
@@ -111,6 +128,10 @@ def test_a_nas_with_docker_opens_its_lan(lab: Lab) -> None:
     mesh.settle([hub, member])
     for network, ranges in (("demo", "192.168.1.0/24"), ("second", "192.168.1.12/32")):
         mesh.admin("node", "egress", network, "nas", ranges)
+    before = tables(nas)
+    shown = nas.agent("checkin", "-n", "demo", "--dry-run").stdout
+    assert "nft -f - <<<" in shown and "echo 1 > /proc/sys/net/ipv4/conf/eth0/forwarding" in shown
+    assert tables(nas) == before
     nas.agent("checkin", "-n", "demo")
     only = tables(nas)
     nas.agent("checkin", "-n", "second")
