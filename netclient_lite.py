@@ -28,6 +28,7 @@ Contents
     FILES       the only place that writes files; locks
     SYSTEM      this machine: WireGuard back ends, addresses, routes
     NAMES       the names of nodes for this machine's resolver
+    GATEWAY     what a gateway forwards: fw4, nft or iptables, and the kernel's switches
     API         one membership's conversation with its server
     RECONCILE   one check-in: exchange, plan, apply, confirm, report
     SERVICE     what makes a check-in happen every 15 s
@@ -945,6 +946,27 @@ class Desired(NamedTuple):
     peers: Mapping[str, Peer]
 
 
+class Flow(NamedTuple):
+    """Packets of IPv4 or IPv6 between two interfaces; "": any. `back`: only the answers."""
+
+    version: int
+    entry: str
+    exit: str
+    source: str = ""
+    target: str = ""
+    back: bool = False
+
+
+class Rules(NamedTuple):
+    """What a gateway lets through, and what leaves it with its own address; the WireGuard port that must be open."""
+
+    interface: str
+    port: int
+    passed: tuple[Flow, ...]
+    masked: tuple[Flow, ...]
+    closed: bool = False  # it forwarded nothing before: nothing else from the mesh may go through now
+
+
 class Place(NamedTuple):
     """Where this machine stands: the address that the server sees, own subnets, LAN hash, the kind of network, ways out."""
 
@@ -1031,7 +1053,7 @@ class Memory(Kept):
     trial: Row | None = None  # the view before a change that the server has not confirmed
     rejected: dict[str, str] = {}
     said: str = ""
-    warned: list[str] = []
+    warned: dict[str, list[str]] = {}
     server: list[str] = []  # its addresses when its name last resolved
     names: str = ""  # how names are set up
     named: float = 0.0  # when they were last written to flash
@@ -1118,6 +1140,34 @@ def parse_routes(text: str) -> frozenset[str]:
     return frozenset(found)
 
 
+def parse_ways(text: str, version: int) -> list[tuple[str, str]]:
+    """`ip route show`: destinations and the interfaces that they leave by, in its order (the lower metric first)."""
+    found = []
+    for line in text.splitlines():
+        way = re.match(r"(default|[0-9a-f.:/]+) (?:.* )?dev (\S+)", line)
+        if way:
+            with contextlib.suppress(ValueError):
+                place = ("0.0.0.0/0" if version == 4 else "::/0") if way.group(1) == "default" else way.group(1)
+                found.append((str(ipaddress.ip_network(place)), way.group(2)))
+    return found
+
+
+def parse_ruleset(text: str) -> dict[tuple[str, ...], list[str]]:
+    """`nft -a list ruleset`: the lines of each chain by family, table and chain."""
+    chains: dict[tuple[str, ...], list[str]] = {}
+    table: tuple[str, ...] = ()
+    lines: list[str] = []
+    for line in text.splitlines():
+        head = re.match(r"(\t?)(table|chain|set|map|flowtable) (.+?) \{", line)
+        if head and not head.group(1):
+            table = tuple(head.group(3).split())
+        elif head:
+            lines = chains.setdefault((*table, head.group(3)), []) if head.group(2) == "chain" else []
+        elif line.startswith("\t\t"):
+            lines.append(line.strip())
+    return chains
+
+
 def parse_default_gateway(text: str) -> tuple[str, str]:
     """(interface, gateway) of the IPv4 default route with the lowest metric, from /proc/net/route; ("", "") without one."""
     best = (1 << 32, "", "")
@@ -1183,6 +1233,12 @@ def parse_me(me: Any) -> Row:
         clean[kind] = me.get(kind, usual) is True
     clean["deny"] = [str(node) for node in me.get("deny", ())]
     clean["interface"] = check_interface(me.get("interface") or "nm-")
+    clean["forward"] = me.get("forward") is True
+    if me.get("egress"):
+        egress = me["egress"]
+        ranges = [str(ipaddress.ip_network(str(text))) for text in egress["ranges"]]
+        interface = check_interface(egress["interface"]) if egress.get("interface") else ""
+        clean["egress"] = {"ranges": ranges, "interface": interface, "nat": egress.get("nat", True) is True}
     if me.get("localrange"):
         clean["localrange"] = str(ipaddress.ip_network(me["localrange"]))
     if me.get("nameserver"):
@@ -1537,6 +1593,242 @@ def cuts_off(actual: Actual, desired: Desired) -> bool:
     return actual.exists and actual.up and (frozenset(actual.addresses), actual.routes) != (desired.addresses, desired.routes)
 
 
+def roles(view: View) -> tuple[Any, ...]:
+    """What the server wants this node to forward: egress, between peers, clients to the internet; each false where it is not."""
+    clients = [client for client in view.me.get("clients", ()) if client.get("internet")]
+    outside = view.state in ("disabled", "expired")
+    return (None, False, []) if outside else (view.me.get("egress"), view.me.get("forward", False), clients)
+
+
+def exits(text: str, ways: Sequence[tuple[str, str]]) -> list[str]:
+    """The interfaces behind which a range lies: those of all routes inside it, else that of the narrowest one around it."""
+    network: Any = ipaddress.ip_network(text)
+    near = [(ipaddress.ip_network(to), name) for to, name in ways if (":" in to) == (":" in text)]
+    around = [(to.prefixlen, name) for to, name in near if network.subnet_of(to)]
+    narrowest = [name for length, name in around if length == max(around)[0]]
+    return sorted({name for to, name in near if to.subnet_of(network)}) or narrowest[:1]
+
+
+def gateway_rules(
+    view: View, interface: str, port: int, ways: Sequence[tuple[str, str]], keep_out: Words, links: Iterable[str]
+) -> tuple[Rules | None, list[str]]:
+    """What this node shall forward (None: nothing), with a sentence for each range or client that is left out."""
+    egress, forward, clients = roles(view)
+    if not (egress or forward or clients):
+        return None, []
+    if not view.me.get("forwarding", True):
+        return None, ["the server wants this node to forward, which --ipforwarding no forbids: it forwards nothing"]
+    homes = [view.me[width] for width in ("range", "range6") if view.me.get(width)]
+    out = [(text, ipaddress.ip_network(text, strict=False)) for text in (*homes, *keep_out)]
+    passed, masked, warnings = [], [], []
+    for text in egress["ranges"] if egress else ():
+        version, named = 6 if ":" in text else 4, egress["interface"]
+        found = [named] if named in links else [] if named else exits(text, ways)
+        missing = f"there is no interface {named}" if named else "no route leads there (--interface names one)"
+        reason = _unfit(text, (), out) or ("" if found else missing)
+        if reason:
+            warnings.append(f"the range {text} is not opened: {reason}")
+            continue
+        for name in found:
+            passed += [Flow(version, interface, name, "", text), Flow(version, name, interface, text)]
+            inward = [home for home in homes if egress["nat"] and (":" in home) == (":" in text)]
+            masked += [Flow(version, "", name, home, text) for home in inward]
+    passed += [Flow(6 if ":" in home else 4, interface, interface) for home in homes if forward]
+    for address in [client[kind] for client in clients for kind in ("ip", "ip6") if client.get(kind)]:
+        version, anywhere = (6, "::/0") if ":" in address else (4, "0.0.0.0/0")
+        name = next((name for to, name in ways if to == anywhere), "")
+        if name:
+            passed += [Flow(version, interface, name, address), Flow(version, name, interface, "", address, True)]
+            masked.append(Flow(version, "", name, address))
+        else:
+            warnings.append(f"the client {address} gets no internet: there is no default route")
+    return (Rules(interface, port, tuple(passed), tuple(masked)) if passed else None), warnings
+
+
+def mark(text: str) -> str:
+    """What a rule is called in its comment: a hash of what it says. A rule that is there as it shall be has the right one."""
+    return blake2b(text.encode(), digest_size=4).hexdigest()
+
+
+def nft_match(flow: Flow, family: str = "inet") -> str:
+    kind = "ip6" if flow.version == 6 else "ip"
+    plain = family == "inet" and not (flow.source or flow.target)  # nft refuses it where it says nothing new
+    words = ["meta nfproto ipv%d" % flow.version] if plain else []
+    for word, value in (("iifname", flow.entry), ("oifname", flow.exit)):
+        words += [f'{word} "{value}"'] if value else []
+    for word, value in (("saddr", flow.source), ("daddr", flow.target)):
+        words += [f"{kind} {word} {value}"] if value else []
+    return " ".join([*words, *["ct state established,related"] * flow.back])
+
+
+def nft_foreign(key: tuple[str, ...], rules: Rules | None, hook: str) -> list[str]:
+    """The accepts for a chain of somebody else's, which drops."""
+    if rules is None:
+        return []
+    if hook == "input":
+        return ["udp dport %d accept" % rules.port]
+    fit = {"ip": (4,), "ip6": (6,)}.get(key[0], (4, 6))
+    return [nft_match(flow, key[0]) + " accept" for flow in rules.passed if flow.version in fit]
+
+
+def nft_own(rules: Rules | None) -> dict[str, list[str]]:
+    """The rules of the own chains by hook."""
+    if rules is None:
+        return {"forward": [], "postrouting": []}
+    name = rules.interface
+    clamp = "tcp flags syn / syn,rst tcp option maxseg size set rt mtu"
+    forward = [f'iifname "{name}" {clamp}', f'oifname "{name}" {clamp}', *(nft_match(flow) + " accept" for flow in rules.passed)]
+    forward += [f'iifname "{name}" drop'] if rules.closed else []
+    return {"forward": forward, "postrouting": [nft_match(flow) + " masquerade" for flow in rules.masked]}
+
+
+OWN_TABLE = ("inet", "netclient")
+HOOKS = {"forward": "type filter hook forward priority 0;", "postrouting": "type nat hook postrouting priority 100;"}
+
+
+def drops(key: tuple[str, ...], chains: Mapping[tuple[str, ...], Sequence[str]], seen: frozenset[str] = frozenset()) -> bool:
+    """Whether packets may end in a chain, or in one that it leads to. Our own count as none."""
+    if key[2] in seen or key[2].startswith("netclient-"):
+        return False
+    text = re.sub(r'"[^"]*"', "", "\n".join(chains.get(key, ())))
+    further = re.findall(r"\b(?:jump|goto) ([\w./-]+)", text)
+    return bool(re.search(r"\b(drop|reject)\b", text)) or any(drops((*key[:2], to), chains, seen | {key[2]}) for to in further)
+
+
+def on_top(lines: Words) -> bool:
+    """Whether all of ours, of any network, stand before all others'."""
+    ours = [bool(re.search(r"\bnetclient[:-]", line)) for line in lines]
+    return ours == sorted(ours, reverse=True)
+
+
+def plan_nft(
+    network: str, rules: Rules | None, chains: Mapping[tuple[str, ...], Sequence[str]], managed: Iterable[tuple[str, ...]] = ()
+) -> str:
+    """What to feed to `nft -f -`: own chains, and accepts at the top of others' that drop; "" when nothing differs.
+
+    `managed`: tables that are left to iptables.
+    """
+    table, tag = " ".join(OWN_TABLE), f"netclient:{network}:"
+    mine = re.compile(rf'comment "{re.escape(tag)}(\w+)" # handle (\d+)')
+    lines, left = [], {key for key in chains if key[:2] == OWN_TABLE}
+
+    def marked(text: str) -> str:
+        return f'{text} comment "{tag}{mark(text)}"'
+
+    for hook, texts in nft_own(rules).items():
+        chain = f"{hook}-{network}"
+        key: tuple[str, ...] = (*OWN_TABLE, chain)
+        have = [found.group(1) for found in map(mine.search, chains.get(key, ())) if found]
+        if texts and have != [mark(text) for text in texts]:
+            lines += [f"add table {table}", f"add chain {table} {chain} {{ {HOOKS[hook]} }}", f"flush chain {table} {chain}"]
+            lines += [f"add rule {table} {chain} {marked(text)}" for text in texts]
+        elif not texts and key in chains:
+            lines += [f"flush chain {table} {chain}", f"delete chain {table} {chain}"]
+            left.discard(key)
+    if rules is None and lines and not left:
+        lines = [f"delete table {table}"]
+    for key, body in chains.items():
+        base = re.match(r"type filter hook (forward|input) ", body[0]) if body else None
+        if not base or key[0] not in ("ip", "ip6", "inet") or key[:2] in (OWN_TABLE, *managed):
+            continue
+        texts = nft_foreign(key, rules, base.group(1)) if drops(key, chains) else []
+        there = [found.groups() for found in map(mine.search, body) if found]
+        if [name for name, _ in there] != [mark(text) for text in texts] or (texts and not on_top(body[1:])):
+            place = " ".join(key)
+            lines += [f"delete rule {place} handle {handle}" for _, handle in there]
+            lines += [f"insert rule {place} {marked(text)}" for text in reversed(texts)]
+    return "".join(line + "\n" for line in lines)
+
+
+PARENTS = (("filter", "FORWARD"), ("filter", "INPUT"), ("nat", "POSTROUTING"))
+
+
+def iptables_rules(rules: Rules, version: int, only: Words | None) -> dict[str, list[str]]:
+    """The rules of the own chains by the chain that leads to each; `only`: accepts for these, as nft does the rest."""
+
+    def words(flow: Flow, target: str) -> str:
+        pairs = (("-i", flow.entry), ("-o", flow.exit), ("-s", flow.source), ("-d", flow.target))
+        back = " -m conntrack --ctstate RELATED,ESTABLISHED" if flow.back else ""
+        return "".join(f"{option} {value} " for option, value in pairs if value).rstrip() + back + " -j " + target
+
+    clamp = "-p tcp --tcp-flags SYN,RST SYN -j TCPMSS --clamp-mss-to-pmtu"
+    accepts = [words(flow, "ACCEPT") for flow in rules.passed if flow.version == version]
+    port = "-p udp --dport %d -j ACCEPT" % rules.port
+    if only is not None:
+        return {parent: chosen for parent, chosen in (("FORWARD", accepts), ("INPUT", [port])) if parent in only}
+    clamps = [f"{way} {rules.interface} {clamp}" for way in ("-i", "-o")]
+    masked = [words(flow, "MASQUERADE") for flow in rules.masked if flow.version == version]
+    closed = [f"-i {rules.interface} -j DROP"] * rules.closed
+    return {"FORWARD": [*clamps, *accepts, *closed], "INPUT": [port], "POSTROUTING": masked}
+
+
+def plan_iptables(network: str, wanted: Mapping[str, Words], listed: Mapping[str, str]) -> str:
+    """What to feed to `iptables-restore -n`, from `-S` of each table; "" when nothing differs."""
+    out = ""
+    for table in listed:
+        heads: list[str] = []
+        lines: list[str] = []
+        for parent in [parent for home, parent in PARENTS if home == table]:
+            chain, rules = f"netclient-{parent[0]}-{network}", wanted.get(parent, ())
+            said = listed[table].splitlines()
+            have = [re.findall(r"--comment \"?(\w+)", line)[:1] for line in said if line.startswith(f"-A {chain} ")]
+            jumps = [line.split(" -j ")[-1] for line in said if line.startswith(f"-A {parent} ")]
+            led = jumps.count(chain) == 1 and on_top(jumps)
+            if (led and have == [[mark(rule)] for rule in rules]) if rules else f"-N {chain}" not in said:
+                continue
+            lines += [f"-D {parent} -j {chain}"] * jumps.count(chain)
+            if rules:
+                heads.append(f":{chain} - [0:0]")
+                lines += [f"-A {chain} -m comment --comment {mark(rule)} {rule}" for rule in rules]
+                lines.append(f"-I {parent} 1 -j {chain}")
+            else:
+                lines += [f"-F {chain}", f"-X {chain}"]
+        if lines:
+            out += "".join(line + "\n" for line in (f"*{table}", *heads, *lines, "COMMIT"))
+    return out
+
+
+def section(network: str) -> str:
+    """The name of a network's sections in UCI, which knows letters, digits and `_`."""
+    return "netclient_" + re.sub(r"[^a-z0-9]", lambda odd: "_%02x" % ord(odd.group()), network)
+
+
+def plan_uci(network: str, rules: Rules | None, zones: Mapping[str, str], listed: str) -> str:
+    """What to feed to `uci batch`, from `uci show firewall` and the zones of the interfaces; "" when nothing differs.
+
+    A zone for the interface, rules to and from other zones for what passes, and a rule for the WireGuard port.
+    """
+    base = section(network)
+    made: list[tuple[str, dict[str, str]]] = []
+    if rules:
+        kinds = {4: "ipv4", 6: "ipv6"}
+        shut = {"input": "ACCEPT", "output": "ACCEPT", "forward": "REJECT", "mtu_fix": "1"}
+        made.append(("zone", {"name": base, "device": rules.interface, **shut}))
+        made.append(("rule", {"src": "*", "proto": "udp", "dest_port": str(rules.port), "target": "ACCEPT"}))
+        for flow in rules.passed:
+            if not flow.back:  # fw4 lets answers through by itself
+                places = {"src": zones[flow.entry], "dest": zones[flow.exit], "src_ip": flow.source, "dest_ip": flow.target}
+                made.append(("rule", {**places, "family": kinds[flow.version], "proto": "all", "target": "ACCEPT"}))
+        for flow in rules.masked:  # in these, src is where packets leave
+            places = {"src": zones[flow.exit], "src_ip": flow.source, "dest_ip": flow.target}
+            made.append(("nat", {**places, "family": kinds[flow.version], "proto": "all", "target": "MASQUERADE"}))
+    wanted, lines = set(), []
+    for number, (kind, options) in enumerate(made):
+        name = "firewall." + base + ("_%d" % number if number else "")
+        if kind != "zone":
+            options = {"name": f"netclient {network}", **options}
+        wanted |= {f"{name}={kind}", *(f"{name}.{option}='{value}'" for option, value in options.items() if value)}
+        lines.append(f"set {name}={kind}")
+        for option, value in options.items():
+            verb = "add_list" if option == "device" else "set"
+            lines += [f"{verb} {name}.{option}='{value}'"] if value else []
+    own = [line for line in listed.splitlines() if re.match(rf"firewall\.{base}(_\d+)?[.=]", line)]
+    if set(own) == wanted:
+        return ""
+    gone = [f"delete {line.split('=')[0]}" for line in own if "." not in line.split("=")[0][len("firewall.") :]]
+    return "".join(line + "\n" for line in (*gone, *lines, "commit firewall"))
+
+
 # --------------------
 # RUN
 # --------------------
@@ -1682,6 +1974,19 @@ class Files:
             with self._folder(path, "write"):
                 write_volatile(path, text)
 
+    def switch(self, path: str, value: str) -> None:
+        """Set a switch of the kernel that says something else. One that is not there (any more) needs nothing."""
+        if read_text(path).strip() in (value, ""):
+            return
+        if self.dry:
+            show(f"echo {value} > {path}", True)
+            return
+        try:
+            with open(path, "w", encoding="ascii") as file:
+                file.write(value)
+        except OSError as bad:
+            raise NetclientError(f"cannot set {path} to {value} ({bad.strerror}): a container without rights?") from bad
+
     def lock(self, path: str, wait: bool = False) -> int | None:
         """Take a lock file; None when another run has it. A dry run without the folder has nothing to lock."""
         if self.dry and not os.path.isdir(os.path.dirname(path)):
@@ -1800,6 +2105,17 @@ class System:
         real = {name: link for name, link in up if not OVERLAY_OR_CONTAINER.match(name)}
         return {text: name for name, link in real.items() for text in link.addresses}
 
+    def ways(self, interface: str) -> list[tuple[str, str]]:
+        """Where routes lead, without those into an interface."""
+        found = parse_ways(self.run("ip", "route", "show"), 4)
+        if os.path.exists("/proc/net/if_inet6"):
+            found += parse_ways(self.run("ip", "-6", "route", "show"), 6)
+        return [way for way in found if way[1] not in (interface, "lo")]
+
+    def is_strict(self, interface: str) -> bool:
+        """Whether packets are dropped whose way back is another interface's."""
+        return max(read_text(f"/proc/sys/net/ipv4/conf/{name}/rp_filter").strip() for name in ("all", interface)) == "1"
+
     def removal(self, interface: str) -> list[Step]:
         return [Step(("ip", "link", "del", "dev", interface), f"remove {interface}")] if self.exists(interface) else []
 
@@ -1908,6 +2224,13 @@ class Names:
                 if pid.isdigit() and "dnsmasq" in read_text(f"/proc/{pid}/cmdline"):
                     os.kill(int(pid), signal.SIGHUP)
 
+    def clear(self) -> None:
+        """Whatever this network has there goes."""
+        before, after = self.text(())
+        if before != after:
+            self.write(after)
+        self.run.apply(self.split("")[1])
+
     def split(self, nameserver: str) -> tuple[str, list[Step]]:
         """What has the resolver ask a nameserver for this network's names alone ("": no more): how it is called, the steps."""
         if os.path.isdir("/run/systemd/resolve") and self.run.has("resolvectl"):
@@ -1942,6 +2265,169 @@ class Names:
         if not nameserver:
             return [Step(("resolvconf", "-d", self.interface), "ask no nameserver for names")]
         return [Step(("resolvconf", "-p", "-a", self.interface), f"ask {nameserver} for names in {self.network}", record)]
+
+
+# --------------------
+# GATEWAY
+# --------------------
+# Each back end plans from what is there to what shall be; rules None: nothing shall be.
+
+
+class Fw4:
+    """OpenWrt: sections of its own in the firewall's configuration, which stay over reboots and reloads."""
+
+    CONFIG = "/etc/config/firewall"
+    UCI = ("uci", "-q", "-t", "/tmp/.uci-netclient")  # noqa: S108 - what the user has staged stays staged
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def is_supported(self) -> bool:
+        return os.access("/sbin/fw4", os.X_OK) and self.run.has("uci")
+
+    def plan(self, network: str, rules: Rules | None) -> list[Step]:
+        names = {name for flow in rules.passed for name in (flow.entry, flow.exit)} if rules else set()
+        zones = {name: section(network) if rules and name == rules.interface else self._zone(name) for name in sorted(names)}
+        text = plan_uci(network, rules, zones, self.run(*self.UCI, "show", "firewall"))
+        why = f"set the firewall for {network}"
+        return [Step((*self.UCI, "batch"), why, text), Step(("/sbin/fw4", "-q", "reload"), "reload it")] if text else []
+
+    def _zone(self, interface: str) -> str:
+        try:
+            return self.run("/sbin/fw4", "-q", "device", interface).strip() or "*"
+        except CommandFailed:
+            return "*"
+
+
+class Iptables:
+    """iptables and ip6tables: own chains, led to from the top of FORWARD, INPUT and POSTROUTING."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def is_supported(self) -> bool:
+        return self.run.has("iptables")
+
+    def plan(self, network: str, rules: Rules | None) -> list[Step]:
+        return [step for tool in ("iptables", "ip6tables") if self.run.has(tool) for step in self.steps(tool, network, rules)]
+
+    def steps(self, tool: str, network: str, rules: Rules | None, only: Words | None = None) -> list[Step]:
+        version = 6 if tool.startswith("ip6") else 4
+        unused = not rules or all(flow.version != version for flow in rules.passed)
+        try:
+            listed = {table: self.run(tool, "-t", table, "-S") for table in (("filter", "nat") if only is None else ("filter",))}
+        except CommandFailed:
+            if unused:
+                return []  # a kernel without it
+            raise
+        text = plan_iptables(network, iptables_rules(rules, version, only) if rules else {}, listed)
+        return [Step((tool + "-restore", "-n"), f"set {tool} for {network}", text)] if text else []
+
+
+class Nft:
+    """nft: a table of its own, and accepts in chains of others that drop; where these are iptables', by iptables."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.iptables = run, Iptables(run)
+
+    def is_supported(self) -> bool:
+        return self.run.has("nft")
+
+    def plan(self, network: str, rules: Rules | None) -> list[Step]:
+        chains = parse_ruleset(self.run("nft", "-a", "-t", "list", "ruleset"))
+        managed, steps = [], []
+        for family, tool in (("ip", "iptables"), ("ip6", "ip6tables")):
+            there = [key for key in ((family, "filter", "FORWARD"), (family, "filter", "INPUT")) if key in chains]
+            if there and self.run.has(tool):
+                managed.append((family, "filter"))
+                dropping = [key[2] for key in there if drops(key, chains)]
+                mine = any((family, "filter", f"netclient-{letter}-{network}") in chains for letter in "FI")
+                if mine or (rules and dropping):
+                    steps += self.iptables.steps(tool, network, rules, dropping)
+            legacy = tool + "-legacy"
+            if "filter" in read_text(f"/proc/net/{family}_tables_names").split() and self.run.has(legacy):
+                steps += self.iptables.steps(legacy, network, rules, ("FORWARD", "INPUT"))
+        text = plan_nft(network, rules, chains, managed)
+        return [*([Step(("nft", "-f", "-"), f"set nft for {network}", text)] if text else ()), *steps]
+
+
+IPV4, IPV6 = "/proc/sys/net/ipv4/conf/", "/proc/sys/net/ipv6/conf/"
+
+
+class Gateway:
+    """What one network's node forwards on this machine. `switches` on tmpfs: originals, and the networks that want another."""
+
+    def __init__(self, run: Run, files: Files, folder: str, network: str) -> None:
+        self.run, self.files, self.folder, self.network = run, files, folder, network
+        backends = (Fw4(run), Nft(run), Iptables(run))
+        self.backend = next((backend for backend in backends if backend.is_supported()), None)
+        self.kept: dict[str, list[str]] = {}
+
+    def is_there(self) -> bool:
+        """Whether there may be something to undo, without a process."""
+        sections = re.search(rf"'{section(self.network)}(_\d+)?'", read_text(Fw4.CONFIG))
+        return bool(sections) or f'"{self.network}"' in read_text(self.folder + "/switches")
+
+    def apply(self, rules: Rules | None) -> list[Step]:
+        """Make firewall and switches so; the steps that it took. Where there is and was nothing, this does nothing."""
+        if rules is None and not self.is_there():
+            return []
+        held = self.files.lock(self.folder + "/switches.lock", wait=True)  # shared by all networks
+        try:
+            with contextlib.suppress(ValueError):
+                self.kept = json.loads(read_text(self.folder + "/switches"))
+            wanted = self._switches(rules) if rules else {}
+            if rules:
+                forwarded = (self._original(path + "/forwarding") for path in (IPV4 + rules.interface, IPV6 + "all"))
+                rules = rules._replace(closed=not any(value == "1" for value in forwarded))
+                for path in wanted:
+                    entry = self.kept.setdefault(path, [self._original(path)])
+                    entry += [self.network] if self.network not in entry[1:] else []
+                self._save()
+            else:
+                self._restore(wanted)
+            steps = self.backend.plan(self.network, rules) if self.backend else []
+            self.run.apply(steps)
+            for path, value in wanted.items():
+                self.files.switch(path, value)
+            if rules:
+                self._restore(wanted)
+            self._save()
+            return steps
+        finally:
+            if held is not None:
+                os.close(held)
+
+    def _original(self, path: str) -> str:
+        return self.kept[path][0] if path in self.kept else read_text(path).strip()
+
+    def _save(self) -> None:
+        text = json.dumps(self.kept)
+        if text != (read_text(self.folder + "/switches") or "{}"):
+            self.files.volatile(self.folder + "/switches", text)
+
+    def _switches(self, rules: Rules) -> dict[str, str]:
+        """The kernel's switches and their values: IPv4 by interface; IPv6 knows only one for all."""
+        names = {name for flow in rules.passed if flow.version == 4 for name in (flow.entry, flow.exit)}
+        wanted = {f"{IPV4}{name}/forwarding": "1" for name in sorted(names)}
+        for name in ("all", rules.interface):  # it asks for either
+            wanted[f"{IPV4}{name}/send_redirects"] = "0"
+        if any(flow.version == 6 for flow in rules.passed) and self._original(IPV6 + "all/forwarding") == "0":
+            routes = [line.split() for line in read_text("/proc/net/ipv6_route").splitlines()]
+            learnt = {word[9] for word in routes if len(word) > 9 and int(word[8], 16) & 0x40000}  # RTF_ADDRCONF
+            paths = {f"{IPV6}{name}/accept_ra" for name in learnt} | {path for path in self.kept if path.endswith("/accept_ra")}
+            wanted.update((path, "2") for path in sorted(paths) if self._original(path) == "1")
+            wanted[IPV6 + "all/forwarding"] = "1"
+        return {path: value for path, value in wanted.items() if read_text(path)}
+
+    def _restore(self, wanted: Mapping[str, str]) -> None:
+        """Put switches back that no network wants any more."""
+        for path, (original, *networks) in list(self.kept.items()):
+            if self.network in networks and path not in wanted:
+                self.kept[path].remove(self.network)
+                if len(networks) == 1:
+                    self.files.switch(path, original)
+                    del self.kept[path]
 
 
 # --------------------
@@ -2454,9 +2940,7 @@ class Node:
                     endpoints[spare.key] = chosen
         out = [*self.keep_out(), *(split_endpoint(text)[0] for text in endpoints.values())]
         wanted, warnings = desire(view, self.secret.node, self.config, self.private, endpoints, out)
-        for warning in [text for text in warnings if text not in self.memory.warned]:
-            self.context.say(f"{self.config.network}: {warning}")
-        self.memory.warned = warnings
+        self._warn("peers", warnings)
         if view.state in ("disabled", "expired"):
             wanted = wanted._replace(peers={})
         return wanted._replace(port=self._port(wanted.port))
@@ -2492,37 +2976,63 @@ class Node:
         if set(self._live.peers) != set(wanted.peers):
             self.memory.unsettled = time.monotonic() + UNSETTLED
         self.run.apply(steps)
+        steps += self._forward(view, wanted.port) + self._name(view)
         self.changes += steps
         if steps and not self.run.dry:
             self.read()
-        self.name(view)
         return bool(steps)
 
-    def name(self, view: View, over: bool = False) -> None:
-        """Have this machine know the names that the view has; `over`: none any more. What fails is said, and stops nothing."""
-        memory, network = self.memory, self.config.network
-        lines = [] if over else host_lines(view, network)
-        names = Names(self.context, network, self.config.interface)
+    def _forward(self, view: View, port: int) -> list[Step]:
+        """Firewall and forwarding as the view's roles want them. What fails here is said and stops nothing else."""
+        rules, steps = None, []
+        warnings: list[str] = []
+        try:
+            if any(roles(view)):
+                ways, interface = self.system.ways(self.config.interface), self.config.interface
+                strangers = [text for text in self.keep_out() if "/" not in text and not inside(text, self.place.subnets)]
+                named = view.me.get("egress", {}).get("interface", "")
+                links = [named] if named and self.system.exists(named) else []
+                rules, warnings = gateway_rules(view, interface, port, ways, strangers, links)
+                away = [flow for flow in rules.passed if flow.target and not flow.back] if rules else []
+                for name, target in [(flow.exit, flow.target) for flow in away if flow.exit not in exits(flow.target, ways)]:
+                    if self.system.is_strict(name):
+                        warnings.append(f"{name} drops what comes from {target}: set its rp_filter to 2")
+            gateway = Gateway(self.run, self.files, self.context.paths.run, self.config.network)
+            if rules and gateway.backend is None:
+                warnings.append("it forwards without NAT: there is no nft and no iptables here; install nftables")
+            steps = gateway.apply(rules)
+        except NetclientError as bad:
+            warnings.append(f"the gateway is not as it should be: {bad}")
+        self._warn("gateway", warnings)
+        return steps
+
+    def _name(self, view: View) -> list[Step]:
+        """Have this machine know the names that the view has. What fails here is said and stops nothing else."""
+        memory, names = self.memory, Names(self.context, self.config.network, self.config.interface)
+        lines = host_lines(view, self.config.network)
         before, after = names.text(lines)
+        nameserver = view.me.get("nameserver", "") if lines else ""
+        steps: list[Step] = []
+        failures: list[str] = []
         try:
             now = time.monotonic()
-            self.late = before != after and not over and not names.openwrt and 0 < memory.named <= now < memory.named + 60
+            self.late = before != after and not names.openwrt and 0 < memory.named <= now < memory.named + 60
             if before != after and not self.late:  # flash is written once a minute
                 names.write(after)
                 memory.named = now
-            nameserver = view.me.get("nameserver", "") if lines else ""
             how, steps = names.split(nameserver) if nameserver or memory.names not in ("", "hosts", "dnsmasq") else ("", [])
             self.run.apply(steps)
-            self.changes += steps
             memory.names = "" if not lines else how if nameserver and how else "dnsmasq" if names.openwrt else "hosts"
         except (NetclientError, OSError) as bad:
-            self._warn(f"names are not as they should be: {bad}")
+            failures.append(f"names are not as they should be: {bad}")
+        self._warn("names", failures)
+        return steps
 
-    def _warn(self, sentence: str) -> None:
-        """Say it once."""
-        if sentence not in self.memory.warned:
-            self.context.say(f"{self.config.network}: {sentence}")
-            self.memory.warned.append(sentence)
+    def _warn(self, kind: str, warnings: list[str]) -> None:
+        """Say what was not said of the same kind the last time."""
+        for warning in [text for text in warnings if text not in self.memory.warned.get(kind, ())]:
+            self.context.say(f"{self.config.network}: {warning}")
+        self.memory.warned[kind] = warnings
 
     def _await_interface(self) -> None:
         end = time.monotonic() + 5
@@ -2650,7 +3160,8 @@ class Node:
         for node, record in after.peers.items():
             if before.peers.get(node) != record and record["key"] in memory.waiting:
                 memory.waiting[record["key"]] = time.monotonic()  # something new to try
-        if before.me and not refused and cuts_off(self._live, self._wanted_routes(after)):
+        risky = [(roles(each), each.me.get("dns"), each.me.get("nameserver")) for each in (before, after)]
+        if before.me and not refused and (risky[0] != risky[1] or cuts_off(self._live, self._wanted_routes(after))):
             memory.trial = before.values()
         named = after.me.get("interface", "")  # the network's, once, where the user named none
         if not before.me and named and self.config.interface == "nm-" + self.config.network and not self.system.exists(named):
@@ -2707,7 +3218,9 @@ class Node:
                 return
         view, old = self.memory.view, View(trial)
         self.memory.rejected = {"word": view.word, "reason": "the server could not be reached any more after applying it"}
-        self.context.say(f"{self.config.network}: revision {view.word} cut the server off: addresses and routes are taken back")
+        self.context.say(
+            f"{self.config.network}: revision {view.word} cut the server off: addresses, routes, roles are taken back"
+        )
         view.me, view.word = old.me, old.word
         with_ranges_of(view, old)
         self.counters.word, self.memory.trial = old.word, None
@@ -2833,14 +3346,24 @@ def parse_stored(text: str) -> str:
     return key
 
 
+def take_down(context: Context, network: str, interface: str) -> None:
+    """What a network has on this machine goes: firewall, switches and names first, then the interface."""
+    gateway = Gateway(context.run, context.files, context.paths.run, network)
+    for undo in (lambda: gateway.apply(None), Names(context, network, interface).clear):
+        try:
+            undo()
+        except (NetclientError, OSError) as bad:
+            context.say(f"{network}: not all is as it was before: {bad}")
+    context.run.apply(context.system.removal(interface))
+
+
 def end_membership(node: Node, tell: str) -> bool:
     """Take a membership down and forget it, and tell the server: `leave`, or `confirm` its removal. Whether it heard.
 
     It works with the server gone.
     """
     heard = False
-    node.name(View(), over=True)
-    node.run.apply(node.system.removal(node.config.interface))
+    take_down(node.context, node.config.network, node.config.interface)
     for word in (tell, "confirm") if node.secret.node != "-" and not node.run.dry else ():
         try:
             node.session.exchange({word: True})
@@ -3284,7 +3807,7 @@ def cmd_leave(context: Context, options: Options) -> ExitStatus:
 
 def _leave_rest(context: Context, network: str) -> None:
     interface = str(_loaded(read_text(context.paths.of("netconfig", network))).get("interface") or "nm-" + network)
-    context.run.apply(context.system.removal(interface))
+    take_down(context, network, interface)
     forget(context, network)
     print(f"{network}: its files were damaged or incomplete; all of it is removed")
 

@@ -28,6 +28,7 @@ PYENV_ROOT=${PYENV_ROOT:-${HOME:-/root}/.pyenv}
 TOOLS='wg wireguard-tools
 wireguard-go wireguard-go
 nft nftables
+iptables iptables
 ip iproute2
 ping iputils-ping
 conntrack conntrack
