@@ -171,9 +171,7 @@ SETTINGS = (
     Setting("DATABASE", "sqlite", "where the data are kept: sqlite", one_of("sqlite")),
     Setting("CHECKIN_INTERVAL", "15", "seconds between two check-ins of an agent", Whole(2, 100000)),
     Setting("DEFAULT_NODE_LIMIT", "999999999", "nodes that a new network may have", Whole(0, 1 << 53)),
-    Setting(
-        "CLIENT_MODE", "on", "the server's host is a node of new networks: on, off or contained", one_of("on", "off", "contained")
-    ),
+    Setting("CLIENT_MODE", "on", "the server's host is in new networks: on, off, contained", one_of("on", "off", "contained")),
     Setting("DNS_MODE", "on", "write hosts file and Corefile for CoreDNS: on or off", one_of("on", "off")),
     Setting("COREDNS_ADDR", "", "address of that nameserver, which agents are told", lambda text: text and check_address(text)),
     Setting("TRUSTED_PROXIES", "", "addresses or ranges whose X-Forwarded-For is believed", check_proxies),
@@ -3409,7 +3407,8 @@ CHECKS = {
     "node changed in the future": "SELECT name, network FROM node JOIN network ON network.id = node.network"
     " WHERE changed > counter OR own_changed > counter OR since > counter",
     "wrong count of nodes": composed(
-        "SELECT members, id FROM network WHERE members != (SELECT COUNT(*) FROM node WHERE network = network.id AND NOT host AND %s)",
+        "SELECT members, id FROM network WHERE members !="
+        " (SELECT COUNT(*) FROM node WHERE network = network.id AND NOT host AND %s)",
         COUNTED,
     ),
     "report on or by a node that is not there": "SELECT observer, network FROM observed"

@@ -839,6 +839,7 @@ class Agents:
         told = told or Exchange({}, {}, {}, False, False)
         reports: dict[str, str | None] = {**told.seen}
         reports.update({node: "" if mute else None for node, mute in told.mute.items()})
+        roamed = self._roamed(member, told.seen) if row.host and member.mesh.state.hub else {}
 
         def build() -> Batch:
             node = core.store.get(Node.select().where(Node.id == row.id))
@@ -864,10 +865,13 @@ class Agents:
             for node_id, place in reports.items():
                 if self._is_peer(member, node_id):
                     self._observe(batch, row.id, node_id, place)
+            for node_id, address in roamed.items():
+                batch.update("node", {"source": address, "public": address}, LIVING, node_id)
             return batch
 
         core.store.change(build)
-        self.members.reload(row.id)
+        for node_id in (row.id, *roamed):
+            self.members.reload(node_id)
         self.members.prove(member.mesh)
         concerned = set(told.seen)
         if source != row.source:
@@ -894,6 +898,19 @@ class Agents:
         if other is None or other is member or other.row.state != ACTIVE:
             return False
         return bool(not member.mesh.state.hub or member.row.host or other.row.host)
+
+    @staticmethod
+    def _roamed(hub: Member, seen: Mapping[str, str | None]) -> dict[str, str]:
+        """Public addresses that nodes have moved to, as the hub of their tunnels sees: their requests no longer tell."""
+        found = {}
+        for node, place in seen.items():
+            other = hub.mesh.members.get(node)
+            address = split_endpoint(place)[0] if place else ""
+            if other is None or not other.row.public or not address or not is_public(address):
+                continue
+            if address != other.row.source and (":" in address) == (":" in other.row.source):
+                found[node] = address
+        return found
 
     @staticmethod
     def _observe(batch: NetworkBatch, observer: str, node: str, place: str | None) -> None:
