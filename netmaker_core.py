@@ -2547,8 +2547,7 @@ def join(core: Core, who: Joining) -> Row:
     if who.access_key == HOST_KEY:  # there is one: what was before has lost its files
         former = (Node.network == who.network) & Node.host & (Node.state != REMOVED) & (Node.auth != who.auth)
         for node in core.store.select(Node.select().where(former)):
-            remove_node(core, node, "the server's host has joined anew")
-            forget_node(core, who.network, node["id"])
+            remove_node(core, node, LEFT)
     core.by(Caller("node", who.source)).change(build, "node join", who.network, who.values["name"])
     mine = (Node.network == who.network) & (Node.auth == who.auth)
     found = core.store.get(Node.select().where(mine))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from lab import Host, Lab, unfit, wait_for
-from mesh import SERVER_IP, SERVER_URL, Member, Mesh
+from mesh import SERVER_IP, SERVER_URL, Mesh
 
 UNFIT = unfit("wg", "nft")
 pytestmark = [pytest.mark.lab, pytest.mark.skipif(bool(UNFIT), reason=UNFIT), pytest.mark.timeout(240)]
