@@ -1634,6 +1634,7 @@ class Mesh:
         self.state = state
         self.word = state.word
         self.members: dict[str, Member] = {}
+        self.host: Member | None = None  # the server's own, where it is an active node
         self.log: list[tuple[int, str]] = []  # (counter, node) in order, for deltas
         self.gone: dict[str, int] = {}
         self.refreshing: set[str] = set()  # nodes that are at the refresh of their key
@@ -1678,10 +1679,6 @@ class Mesh:
             parts += [b',"gone":', dump(gone)]
         return b"".join(parts)
 
-    def hub(self) -> Member | None:
-        """The server's own host, where it is an active node."""
-        return next((member for member in self.members.values() if member.row.host and member.row.state == ACTIVE), None)
-
     def record_of(self, member: Member) -> bytes:
         member.record = member.record or record(member.row, self.state, member.clients)
         return member.record
@@ -1722,10 +1719,11 @@ class Members:
         return self.looks.get(capability) or self._find("look = ?", capability)
 
     def underlay(self, source: str) -> str:
-        """Where a request comes from: one through a tunnel from where its node was last seen outside of all tunnels."""
+        """Where a request comes from: one through a tunnel of this host from where its node was last seen outside of it."""
         member = self.places.get(source)
-        inside = member is not None and source in (member.row.ip, member.row.ip6) and member.row.state == ACTIVE
-        return (member.row.source or source) if member is not None and inside else source
+        if member is None or member.mesh.host is None or source not in (member.row.ip, member.row.ip6):
+            return source
+        return member.row.source if member.row.state == ACTIVE and member.row.source else source
 
     def _find(self, condition: str, value: str) -> Member | None:
         """A node that is not in memory: just joined, or its network was never asked for."""
@@ -1752,6 +1750,8 @@ class Members:
         for address in (row.ip, row.ip6):
             if address and row.state == ACTIVE:
                 self.places[address] = member
+        if row.host:
+            mesh.host = member if row.state == ACTIVE else None if mesh.host is member else mesh.host
         member.clients = self._clients(row.id) if row.ingress else ()
         at_it = row.refresh not in ("", QUEUED) and row.state == ACTIVE
         (mesh.refreshing.add if at_it else mesh.refreshing.discard)(row.id)
@@ -1788,6 +1788,8 @@ class Members:
                         del self.places[address]
                 member.mesh.members.pop(node, None)
                 member.mesh.refreshing.discard(node)
+                if member.mesh.host is member:
+                    member.mesh.host = None
 
     def forget_removed(self) -> None:
         """Removed nodes that have fallen silent; one that comes after all is read again."""
@@ -1903,7 +1905,7 @@ class Members:
 
     def _from_hub(self, mesh: Mesh, member: Member) -> bytes:
         """What a node of a hub network hears, always whole: of the hub, and of itself."""
-        hub = mesh.hub()
+        hub = mesh.host
         me = {**own_settings(member.row, mesh.state, member.clients), **self.own}
         if hub and self.port:
             me["server"] = "http://" + endpoint(hub.row.ip or hub.row.ip6, self.port)
@@ -2171,7 +2173,8 @@ def _change_ranges(core: Core, batch: NetworkBatch, old: Row, values: Row) -> No
 
 
 def set_network(core: Core, name: str, values: Row) -> Row:
-    """Change columns of a network; every node hears of it."""
+    """Change columns of a network; every node hears of it. A hub is the server's host."""
+    values = {**values, "hosted": True} if values.get("hub") else values
 
     def build() -> Batch | None:
         old = need_network(core, name)
