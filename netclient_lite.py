@@ -3092,7 +3092,7 @@ def _leave_rest(context: Context, network: str) -> None:
 
 def follow_host(context: Context, options: Options) -> None:
     """Be in the networks that the server on this host names in its data folder, and in no other that it had named."""
-    folder = options.server_data
+    folder = os.path.abspath(options.server_data)
     path, joined = folder + "/host.json", context.paths.networks()
     try:  # a file: what is no file might never end
         server, pin, keys = parse_host(read_text(path) if os.path.isfile(path) else "")

@@ -46,6 +46,7 @@ from hashlib import blake2b, sha256
 from typing import (
     Any,
     Callable,
+    Container,
     Dict,
     Iterable,
     Iterator,
@@ -1914,9 +1915,9 @@ class Members:
         left = self._instants(mesh, [each.row.id for each in shown])
         return b',"peers":[' + records + b'],"me":' + dump(me) + (b',"in":' + dump(left) if left else b"")
 
-    def _instants(self, mesh: Mesh, shown: Iterable[str]) -> dict[str, float]:
+    def _instants(self, mesh: Mesh, shown: Container[str]) -> dict[str, float]:
         """Seconds until keys change, by node."""
-        rows = [mesh.members[node].row for node in mesh.refreshing.intersection(shown)]
+        rows = [mesh.members[node].row for node in list(mesh.refreshing) if node in shown and node in mesh.members]
         times = {each.id: each.refresh_at - self.clock() for each in rows if each.refresh == SWITCHING}
         return {node: round(seconds, 2) for node, seconds in times.items() if seconds > -60}  # not of a restored database
 

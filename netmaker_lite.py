@@ -712,7 +712,10 @@ class Agents:
         table = {"key": ("key", as_text(str)), "mac": ("mac", as_text(str))}
         claim = take(proof, table, "proof")
         now = self.core.clock()
-        self.failures.check(now, "key " + str(claim.get("key")))
+        limited = "key " + str(claim.get("key"))
+        if claim.get("key") == HOST_KEY:  # which everybody knows: strangers must not use its tries up
+            limited += " " + source
+        self.failures.check(now, limited)
         condition = (AccessKey.id == claim.get("key")) & (AccessKey.network == network["id"])
         key = self.core.store.get(AccessKey.select().where(condition))
         known = key is not None
@@ -721,7 +724,7 @@ class Agents:
             known, secret = True, self.core.key.host_secret(network["id"])
         expected = agent.key_proof(secret, proof_key, nonce)
         if not known or not secrets.compare_digest(expected.encode(), str(claim.get("mac")).encode()):
-            self.failures.add(now, "key " + str(claim.get("key")))
+            self.failures.add(now, limited)
             raise Denied("the network %s has no such access key: ask for another" % network["id"])
         return str(claim["key"])
 

@@ -501,11 +501,14 @@ daemon_unit() {
 	END
 }
 
+start_daemon() { # with systemd
+	daemon_unit >"$NM_UNITS/$DAEMON.service"
+	systemctl daemon-reload && systemctl enable --quiet "$DAEMON" && systemctl restart "$DAEMON"
+}
+
 need_daemon() {
 	if has_systemd; then
-		daemon_unit >"$NM_UNITS/$DAEMON.service"
-		systemctl daemon-reload && systemctl enable --quiet "$DAEMON" && systemctl restart "$DAEMON" ||
-			die "systemd could not start the agent: see journalctl -u $DAEMON"
+		start_daemon || die "systemd could not start the agent: see journalctl -u $DAEMON"
 		return
 	fi
 	[ $updated = no ] || end_process "$DAEMON" daemon

@@ -100,6 +100,12 @@ def test_the_hosts_key_is_good_at_home_for_a_hosted_network_alone(home: Server, 
     assert Client(home, source=source).try_join(key).status == 403
 
 
+def test_strangers_do_not_use_up_the_hosts_tries(home: Server) -> None:
+    for number in range(30):
+        assert Client(home, source="198.51.100.%d" % (number + 1)).try_join("host." + "A" * 43).status == 403
+    assert host(home).name == "netmaker"
+
+
 def test_a_network_with_the_host_alone_can_be_removed(home: Server) -> None:
     mine, other = host(home), Client(home).join(home.key())
     with pytest.raises(netmaker_core.Clash):
