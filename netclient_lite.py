@@ -32,7 +32,7 @@ Contents
     API         one membership's conversation with its server
     RECONCILE   one check-in: exchange, plan, apply, confirm, report
     SERVICE     what makes a check-in happen every 15 s
-    COMMANDS    join, leave, checkin, pull, push, list, status, daemon, version
+    COMMANDS    join, register, leave, checkin, pull, push, list, status, daemon, version
     CLI         the table of commands, the parser, main
 """
 
@@ -804,6 +804,7 @@ roaming || yesno |||| follow changes of the own address (default yes)
 publickey ||| pubkey | KEY || WireGuard public key (with --privatekey)
 privatekey ||| privkey | KEY || WireGuard private key (better by environment)
 daemon || daemon |||| on: a check-in every 15 s (default); resident: stay; off: no service
+server-data |||| DIR || of the server on this host: be in its networks as it says there
 """
 SETTINGS = tuple(map(_setting, _SETTINGS.splitlines()))
 
@@ -1005,6 +1006,8 @@ class Config(Kept):
     keyed: bool = False  # the user gave the WireGuard key
     wishes: Row = {}
     daemon: str = "on"
+    hub: str = ""  # the server's URL inside of this network's tunnel
+    hosted: str = ""  # the data folder of the server that has its own host join
 
     @classmethod
     def parse(cls, text: str) -> Config:
@@ -1069,6 +1072,11 @@ class Memory(Kept):
 # --------------------
 # PARSE
 # --------------------
+
+
+def inside(address: str, networks: Iterable[str]) -> bool:
+    parsed = ipaddress.ip_address(address)
+    return any(parsed in ipaddress.ip_network(text, strict=False) for text in networks)
 
 
 def parse_dump(text: str) -> Actual:
@@ -1239,6 +1247,11 @@ def parse_me(me: Any) -> Row:
         ranges = [str(ipaddress.ip_network(str(text))) for text in egress["ranges"]]
         interface = check_interface(egress["interface"]) if egress.get("interface") else ""
         clean["egress"] = {"ranges": ranges, "interface": interface, "nat": egress.get("nat", True) is True}
+    if me.get("server"):
+        _, host, port, _ = split_url(me["server"])
+        if not inside(host, [clean[width] for width in ("range", "range6") if width in clean]):
+            raise Invalid(f"{host} is no address of the network")
+        clean["server"] = "http://" + endpoint(check_address(host), port)
     if me.get("localrange"):
         clean["localrange"] = str(ipaddress.ip_network(me["localrange"]))
     if me.get("nameserver"):
@@ -1271,6 +1284,16 @@ def parse_news(view: View, news: Any) -> View:
         raise BadAnswer(f"the server sent something that this agent does not understand ({bad}): update netclient-lite?") from bad
 
 
+def parse_host(text: str) -> tuple[str, bytes, dict[str, str]]:
+    """`host.json` of a server: its URL on this host, its key, and the access keys of the networks to be in."""
+    told = json.loads(text)
+    server, pin, keys = str(told["server"]), unb64(told["pin"]), dict(told["networks"])
+    odd = [key for key in keys.values() if not re.fullmatch(ACCESS_KEY, key, re.ASCII)]
+    if told["version"] != 1 or odd or len(pin) != KEY_BYTES or (keys and not split_url(server)):
+        raise Invalid("not of this version")
+    return server, pin, {check_network(network): key for network, key in keys.items()}
+
+
 def parse_switch(told: Any, at: float) -> dict[str, float]:
     """`in` of an answer that came at a time: when the keys of these nodes change."""
     if not isinstance(told, dict):
@@ -1289,11 +1312,6 @@ def parse_keys(text: str) -> tuple[str, Spare]:
 # --------------------
 # PLAN
 # --------------------
-
-
-def inside(address: str, networks: Iterable[str]) -> bool:
-    parsed = ipaddress.ip_address(address)
-    return any(parsed in ipaddress.ip_network(text, strict=False) for text in networks)
 
 
 def within_reach(text: str, place: Place) -> bool:
@@ -2078,6 +2096,16 @@ class System:
     def exists(self, interface: str) -> bool:
         return any(line.split(":")[0].strip() == interface for line in read_text("/proc/net/dev").splitlines())
 
+    def tunnels(self, pin: bytes) -> list[str]:
+        """The URLs of a server inside of the hub networks that this machine is in."""
+        paths, found = Paths(self.root), []
+        for network in paths.networks():
+            with contextlib.suppress(ValueError):
+                config = Config.parse(read_text(paths.of("netconfig", network)))
+                if config.hub and self.exists(config.interface):
+                    found += [config.hub] * (Secret.parse(network, read_text(paths.of("secret", network))).pin == pin)
+        return found
+
     def links(self) -> dict[str, Link]:
         return parse_links(self.run("ip", "addr", "show"))
 
@@ -2506,8 +2534,8 @@ def transport() -> SocketTransport | RequestsTransport:
 class Session:
     """One membership's conversation with its servers, tried in order, the one that answered last first."""
 
-    def __init__(self, config: Config, secret: Secret, counters: Counters, save: Callable[[], None]) -> None:
-        self.config, self.secret, self.counters, self.save = config, secret, counters, save
+    def __init__(self, config: Config, secret: Secret, counters: Counters, save: Callable[[], None], system: System) -> None:
+        self.config, self.secret, self.counters, self.save, self.system = config, secret, counters, save, system
         self.transport = transport()
         self.box = secret_box(secret.key("seal"))
         counters.mode = "p" if self.box is None else "s"
@@ -2530,14 +2558,17 @@ class Session:
     def look(self, wait: int) -> str:
         """The current word or "!", after at most `wait` seconds; "" when the server holds too many looks already."""
         path = "%s%s?have=%s&wait=%d" % (LOOK_PATH, self.secret.look, self.counters.word, wait)
-        reply = self.transport.send(self._order()[0], path, "", b"", wait + HTTP_TIMEOUT, False)
+        servers = self._order()
+        server = self.counters.server if self.counters.server in servers else servers[0]
+        reply = self.transport.send(server, path, "", b"", wait + HTTP_TIMEOUT, False)
         if reply.status != 200 or "retry-after" in reply.headers:
             return ""
         return reply.body[:64].decode("ascii", "replace").strip()
 
     def _order(self) -> list[str]:
+        """First through a tunnel that leads to this very server, where its interface is there."""
         last = self.counters.server
-        return sorted(self.config.servers, key=lambda server: server != last)
+        return [*self.system.tunnels(self.secret.pin), *sorted(self.config.servers, key=lambda server: server != last)]
 
     def _any_server(self, ask: Callable[[str], Any]) -> Any:
         failures = []
@@ -2759,7 +2790,7 @@ class Node:
         self.system = context.system
         self.counters = Counters(read_text(self.file("state")))
         self.memory = self._remembered()
-        self.session = Session(config, secret, self.counters, self.save_counters)
+        self.session = Session(config, secret, self.counters, self.save_counters, self.system)
         self.place = Place()
         self.homes: dict[str, str] = {}
         self.sources: dict[int, str] = {}
@@ -2911,9 +2942,14 @@ class Node:
         found = [split_endpoint(text)[0] for text in endpoints]
         if self.counters.server != "-" and any(record.get("ips") for record in self.memory.view.peers.values()):
             # only where a range could swallow it; while DNS is down, what it said last
-            self.memory.server = addresses_of(split_url(self.counters.server)[1]) or self.memory.server
+            self.memory.server = self._servers() or self.memory.server
             found += self.memory.server
         return [*found, *self.place.subnets]
+
+    def _servers(self) -> list[str]:
+        """The addresses of the server outside of tunnels, and the one in use."""
+        urls = {*self.config.servers, self.counters.server} - {"-", self.config.hub}
+        return [address for url in sorted(urls) for address in addresses_of(split_url(url)[1])]
 
     def desired(self, view: View) -> Desired:
         now = time.monotonic()
@@ -3164,8 +3200,12 @@ class Node:
         if before.me and not refused and (risky[0] != risky[1] or cuts_off(self._live, self._wanted_routes(after))):
             memory.trial = before.values()
         named = after.me.get("interface", "")  # the network's, once, where the user named none
-        if not before.me and named and self.config.interface == "nm-" + self.config.network and not self.system.exists(named):
+        first = not before.me and named and self.config.interface == "nm-" + self.config.network
+        if first and not self.system.exists(named):
             self.config.interface = named
+        hub = after.me.get("server", "")
+        if first or self.config.hub != hub:
+            self.config.hub = hub
             self.files.write(self.file("netconfig"), self.config.text())
         memory.view = after
         self.counters.word = after.word
@@ -3190,8 +3230,7 @@ class Node:
     def _check_clash(self, view: View) -> None:
         before = self.memory.view.me
         ranges = {view.me.get("range"), view.me.get("range6")} - {None, before.get("range"), before.get("range6")}
-        known = ranges and self.counters.server != "-"
-        servers = addresses_of(split_url(self.counters.server)[1]) if known else []
+        servers = self._servers() if ranges and self.counters.server != "-" else []
         for text, interface in {**self.homes, **dict.fromkeys(servers, "the server")}.items():
             own: Any = ipaddress.ip_interface(text).network
             for network in map(ipaddress.ip_network, sorted(filter(None, ranges))):
@@ -3550,7 +3589,7 @@ def chosen_networks(context: Context, options: Options) -> list[str]:
 
 
 def cmd_join(context: Context, options: Options) -> ExitStatus:
-    need_root("join")
+    need_root(options.verb)
     need_tools(context)
     token = access_token(options)
     network = token.network
@@ -3559,7 +3598,12 @@ def cmd_join(context: Context, options: Options) -> ExitStatus:
         if network in context.paths.networks() and not options.force:
             return update(Node.load(context, network), options)
         node = prepare(context._replace(paths=context.paths.staged()), token, options)
-        return tell_plan(node) if context.run.dry else join(context, node)
+        if context.run.dry:
+            return tell_plan(node)
+        join(context, node)
+        if options.verb == "register" and not node.config.hub:
+            context.say(f"{network}: no tunnel to the server yet: {network} is to be a hub network, and the server's host in it")
+        return ExitStatus.OK
     finally:
         os.close(held)
 
@@ -3690,7 +3734,7 @@ def checked(options: Options) -> tuple[Row, dict[str, str]]:
 
 def _prove(context: Context, config: Config, secret: Secret) -> None:
     try:
-        answer = Session(config, secret, Counters(), lambda: None).prove()
+        answer = Session(config, secret, Counters(), lambda: None, context.system).prove()
     except Unreachable as bad:
         raise Unreachable(f"nothing was changed: {bad}") from bad
     said = context.system.step_clock(answer.time, "the server's")
@@ -3781,24 +3825,28 @@ def update(node: Node, options: Options) -> ExitStatus:
     return ExitStatus.OK
 
 
+def leave(context: Context, network: str) -> None:
+    held = _locked(context, network)
+    try:
+        try:
+            node = Node.load(context, network)
+        except NetclientError:  # interrupted half-way: finish it
+            _leave_rest(context, network)
+            return
+        heard = end_membership(node, "leave")
+        after = "" if heard else "; the server could not be told: its administrator can remove the node"
+        print(f"{network}: would be left" if context.run.dry else f"{network}: left{after}")
+    finally:
+        forget_staged(context, network)
+        os.close(held)
+
+
 def cmd_leave(context: Context, options: Options) -> ExitStatus:
     need_root("leave")
     if not options.network:
         raise UsageError("leave needs -n NETWORK, or -n all")
     for network in chosen_networks(context, options):
-        held = _locked(context, network)
-        try:
-            try:
-                node = Node.load(context, network)
-            except NetclientError:  # interrupted half-way: finish it
-                _leave_rest(context, network)
-                continue
-            heard = end_membership(node, "leave")
-            after = "" if heard else "; the server could not be told: its administrator can remove the node"
-            print(f"{network}: would be left" if context.run.dry else f"{network}: left{after}")
-        finally:
-            forget_staged(context, network)
-            os.close(held)
+        leave(context, network)
     if not context.paths.networks():
         Systemd(context).remove()
     nudge_daemon(context)
@@ -3812,11 +3860,49 @@ def _leave_rest(context: Context, network: str) -> None:
     print(f"{network}: its files were damaged or incomplete; all of it is removed")
 
 
+def follow_host(context: Context, options: Options) -> None:
+    """Be in the networks that the server on this host names in its data folder, and in no other that it had named."""
+    folder = os.path.abspath(options.server_data)
+    path, joined = folder + "/host.json", context.paths.networks()
+    try:  # a file: what is no file might never end
+        server, pin, keys = parse_host(read_text(path) if os.path.isfile(path) else "")
+    except MALFORMED as bad:
+        raise NetclientError(f"{path} is missing or damaged: `netmaker-lite serve` writes it; nothing was changed") from bad
+    for network in joined:
+        if network not in keys and _loaded(read_text(context.paths.of("netconfig", network))).get("hosted") == folder:
+            leave(context, network)
+    failed = []
+    for network in sorted(keys.keys() - set(joined)):
+        given = {"network": network, "name": "netmaker", "daemon": "off", "force": False}
+        held = _locked(context, network)
+        try:
+            token = Token((server,), pin, network, keys[network])
+            node = prepare(context._replace(paths=context.paths.staged()), token, Options(**{**vars(options), **given}))
+            node.config.hosted = folder
+            node.files.write(node.file("netconfig"), node.config.text())
+            if context.run.dry:
+                tell_plan(node)
+            else:
+                join(context, node)
+        except (NetclientError, BadAnswer) as bad:
+            failed.append(f"{network}: {bad}")
+        finally:
+            os.close(held)
+    if failed:
+        raise NetclientError("; ".join(failed))
+
+
 def cmd_checkin(context: Context, options: Options) -> ExitStatus:
     """checkin, and two that do more: pull takes all anew, push tells all anew."""
     need_root(options.verb)
     afresh, retell = bool(options.force) or options.verb == "pull", options.verb == "push"
     outcome = ExitStatus.OK
+    if options.server_data:
+        try:
+            follow_host(context, options)
+        except NetclientError as bad:
+            context.say(str(bad))
+            outcome = ExitStatus.FAILED
     names = [name for name in chosen_networks(context, options) if name not in QUICKLY_DONE]
     for patience in (0.0, LONGEST)[len(names) < 2 :]:  # no network holds others up
         waiting = []
@@ -3943,14 +4029,43 @@ def cmd_daemon(context: Context, options: Options) -> ExitStatus:
     signal.signal(signal.SIGHUP, lambda *_: again.set())
     context.files.volatile(context.paths.run + "/daemon.pid", "%d\n" % os.getpid())
     watchers: dict[str, threading.Thread] = {}
+    follower = Follower(context, options) if options.server_data else None
     while not stop.is_set():
         again.clear()
+        if follower:
+            follower.look()
         for network in context.paths.networks():
             if network not in watchers or not watchers[network].is_alive():
                 watchers[network] = threading.Thread(target=stay, args=(context, network, stop, again), daemon=True)
                 watchers[network].start()
-        again.wait()
+        again.wait(HOST_EVERY if follower else None)
     return ExitStatus.OK
+
+
+HOST_EVERY = 1.0  # seconds between two looks at a server's host.json
+
+
+class Follower:
+    """The daemon's eye on a server's host.json: followed when it is another, and again after a failure."""
+
+    def __init__(self, context: Context, options: Options) -> None:
+        self.context, self.options = context, options
+        self.seen, self.again, self.said = -1.0, 0.0, ""
+
+    def look(self) -> None:
+        path = self.options.server_data + "/host.json"
+        now = os.path.getmtime(path) if os.path.exists(path) else 0.0
+        if now == self.seen and time.monotonic() < self.again:
+            return
+        self.seen, self.again = now, time.monotonic() + CHECK_EVERY
+        try:
+            follow_host(self.context, self.options)
+            self.said = ""
+        except NetclientError as bad:
+            self.again = time.monotonic() + 15
+            if str(bad) != self.said:
+                self.context.say(str(bad))
+            self.said = str(bad)
 
 
 def stay(context: Context, network: str, stop: threading.Event, again: threading.Event) -> None:
@@ -4016,16 +4131,24 @@ class Command(NamedTuple):
     flags: tuple[str, ...] = ()
 
 
-JOIN_FLAGS = tuple(setting.name for setting in SETTINGS)
+JOIN_FLAGS = tuple(setting.name for setting in SETTINGS if setting.name != "server-data")
 COMMANDS = (
     Command("join", cmd_join, "become a node, or update the settings", (*JOIN_FLAGS, "accept-key", "force", "dry-run")),
+    Command(
+        "register", cmd_join, "join a hub network, through which the server is reached from then on", (*JOIN_FLAGS, "dry-run")
+    ),
     Command("leave", cmd_leave, "leave networks (-n NET or all), also with the server gone", ("network", "dry-run")),
-    Command("checkin", cmd_checkin, "check in once: ask, apply what is new, repair the rest", ("network", "force", "dry-run")),
+    Command(
+        "checkin",
+        cmd_checkin,
+        "check in once: ask, apply what is new, repair the rest",
+        ("network", "server-data", "force", "dry-run"),
+    ),
     Command("pull", cmd_checkin, "fetch the whole state anew and apply it", ("network", "dry-run")),
     Command("push", cmd_checkin, "tell the server all about this machine again", ("network", "dry-run")),
     Command("list", cmd_list, "the networks of this machine and their nodes, as JSON", ("network", "json")),
     Command("status", cmd_status, "peers: path, endpoint, age of the handshake, traffic", ("network", "json")),
-    Command("daemon", cmd_daemon, "stay, and apply changes within a second"),
+    Command("daemon", cmd_daemon, "stay, and apply changes within a second", ("server-data",)),
     Command("version", cmd_version, "print the version"),
 )
 SWITCHES = (
@@ -4117,7 +4240,7 @@ def main(arguments: Words | None = None) -> int:
         resolve(options, os.environ, say)
         paths = Paths(root_folder())
         run, files = Run(options.dry_run, options.verbose), Files(options.dry_run)
-        context = Context(paths, run, files, System(run), say)
+        context = Context(paths, run, files, System(run, paths.root), say)
         return int(options.command.function(context, options))
     except NetclientError as bad:
         say(str(bad))

@@ -241,7 +241,7 @@ DATES = frozenset(
 # The original's, which say nothing here: in --json alone.
 EMPTY = frozenset(
     (
-        *("accesskey", "accesskeys", "action", "defaultsaveconfig", "isgrpchub", "isserver", "keyupdatetimestamp"),
+        *("accesskey", "accesskeys", "action", "defaultsaveconfig", "keyupdatetimestamp"),
         *("lastpeerupdate", "password", "pullchanges", "saveconfig"),
     )
 )
@@ -398,6 +398,8 @@ NETWORK_SETTINGS = (
     Setting("addressrange", "range", "CIDR", "IPv4 range, like 10.20.30.0/24"),
     Setting("addressrange6", "range6", "CIDR", "IPv6 range, like fd00:20:30::/64"),
     Setting("islocal", "local-only", "yes|no", "all nodes are in one LAN"),
+    Setting("isgrpchub", "hub", "yes|no", "nodes know the server's host alone (docs/comms.md)"),
+    Setting("hosted", "hosted", "yes|no", "the server's host is a node of it (yes)"),
     Setting("localrange", "local-range", "CIDR", "that LAN's range"),
     Setting("defaultudpholepunch", "hole-punch", "yes|no", "use endpoints that other nodes observe (yes)"),
     Setting("allowmanualsignup", "manual-signup", "yes|no", "let machines ask to join without a key (no)"),
@@ -536,7 +538,7 @@ PAIR = (
 
 def flags_of(settings: Iterable[Setting]) -> Iterable[Argument]:
     for each in settings:
-        value = {"action": "store_const", "const": "yes"} if each.short == "local-only" else {"metavar": each.metavar}
+        value = {"action": "store_const", "const": "yes"} if each.short in ("local-only", "hub") else {"metavar": each.metavar}
         yield arg("--" + each.short, field=each.field, help=each.help, **value)
 
 

@@ -47,6 +47,7 @@ from hashlib import blake2b, sha256
 from typing import (
     Any,
     Callable,
+    Container,
     Dict,
     Iterable,
     Iterator,
@@ -172,6 +173,7 @@ SETTINGS = (
     Setting("DATABASE", "sqlite", "where the data are kept: sqlite", one_of("sqlite")),
     Setting("CHECKIN_INTERVAL", "15", "seconds between two check-ins of an agent", Whole(2, 100000)),
     Setting("DEFAULT_NODE_LIMIT", "999999999", "nodes that a new network may have", Whole(0, 1 << 53)),
+    Setting("CLIENT_MODE", "on", "the server's host is in new networks: on, off, contained", one_of("on", "off", "contained")),
     Setting("DNS_MODE", "on", "write hosts file and Corefile for CoreDNS: on or off", one_of("on", "off")),
     Setting("COREDNS_ADDR", "", "address of that nameserver, which agents are told", lambda text: text and check_address(text)),
     Setting("TRUSTED_PROXIES", "", "addresses or ranges whose X-Forwarded-For is believed", check_proxies),
@@ -505,6 +507,7 @@ class ServerKey:
         self.pin = agent.public_key(private)
         self._box = nacl.secret.SecretBox(self._derived(b"netmaker-lite access keys"))
         self._challenges = self._derived(b"netmaker-lite challenges")
+        self._hosts = self._derived(b"netmaker-lite hosts")
 
     @classmethod
     def load(cls, path: str) -> ServerKey:
@@ -540,6 +543,10 @@ class ServerKey:
         except Exception:  # PyNaCl's CryptoError and ValueError: it does not open
             log.warning("the access key %s was made with another server.key", key_id)
         raise Denied("the access key is not this server's: ask for another")
+
+    def host_secret(self, network: str) -> bytes:
+        """The access key's secret by which the server's own host joins a network."""
+        return blake2b(network.encode(), key=self._hosts, digest_size=32).digest()
 
     def challenge(self, node: str, number: str, address: str) -> str:
         """What only somebody can know who gets our answers at that address."""
@@ -640,6 +647,7 @@ class Network(peewee.Model):
     client_dns = _text()  # what external clients ask for names
     names = _number()  # counter of the last change of names that are not nodes'
     hosted = peewee.BooleanField(default=False)  # the server's own host shall be a node of it
+    hub = peewee.BooleanField(default=False)  # nodes know the server's host alone
     silent = _number()  # seconds after which a node that is not heard of is removed; 0: never
     created = _number()
     modified = _number()
@@ -705,6 +713,7 @@ class Node(peewee.Model):
     keyed = peewee.BooleanField(default=False)  # its user gave it its key
     refresh = _text()  # how far that is, and since when (switching: at what time it is to happen)
     refresh_at = _number()
+    host = peewee.BooleanField(default=False)  # the server's own host
 
 
 class Lease(peewee.Model):
@@ -882,7 +891,11 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
         *("ALTER TABLE node ADD COLUMN %s BOOLEAN NOT NULL DEFAULT 0" % name for name in ("ingress", "relay", "keyed")),
         "ALTER TABLE node ADD COLUMN refresh_at BIGINT NOT NULL DEFAULT 0",
     ),
-    3: ("ALTER TABLE node ADD COLUMN local6 TEXT NOT NULL DEFAULT ''",),
+    3: (
+        "ALTER TABLE node ADD COLUMN local6 TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE node ADD COLUMN host BOOLEAN NOT NULL DEFAULT 0",
+        "ALTER TABLE network ADD COLUMN hub BOOLEAN NOT NULL DEFAULT 0",
+    ),
 }
 
 # --------------------------------------------------------------------------------------------------
@@ -1245,6 +1258,7 @@ class NetworkState(NamedTuple):
     is_local: bool
     names: int = 0
     local_range: str = ""
+    hub: bool = False
 
     @property
     def word(self) -> str:
@@ -1294,6 +1308,7 @@ class NodeState(NamedTuple):
     next_key: str = ""
     refresh: str = ""
     refresh_at: int = 0
+    host: bool = False
 
 
 class ClientState(NamedTuple):
@@ -1401,7 +1416,7 @@ def own_settings(node: NodeState, network: NetworkState, clients: Iterable[Clien
     roles = {
         "egress": node.egress and json.loads(node.egress),
         "ingress": node.ingress and {"clients": [{k: v for k, v in each._asdict().items() if v} for each in clients]},
-        "forward": bool(node.ingress or node.relay),
+        "forward": bool(node.ingress or node.relay or node.host) and not network.hub,
         "deny": node.deny.split(",")[:-1],
         "localrange": network.local_range,
     }
@@ -1658,6 +1673,7 @@ class Mesh:
         self.state = state
         self.word = state.word
         self.members: dict[str, Member] = {}
+        self.host: Member | None = None  # the server's own, where it is an active node
         self.log: list[tuple[int, str]] = []  # (counter, node) in order, for deltas
         self.gone: dict[str, int] = {}
         self.refreshing: set[str] = set()  # nodes that are at the refresh of their key
@@ -1695,14 +1711,14 @@ class Mesh:
             changed = dict.fromkeys(self.members)
         members = [self.members[node] for node in changed if node in self.members]
         active = [member for member in members if member.row.state == ACTIVE]
-        parts = [b'"peers":[', b",".join(map(self._record, active)), b"]"]
+        parts = [b'"peers":[', b",".join(map(self.record_of, active)), b"]"]
         gone = [node for node, counter in self.gone.items() if counter > since >= 0]
         gone = [node for node in gone if not self._is_active(node)]
         if gone:
             parts += [b',"gone":', dump(gone)]
         return b"".join(parts)
 
-    def _record(self, member: Member) -> bytes:
+    def record_of(self, member: Member) -> bytes:
         member.record = member.record or record(member.row, self.state, member.clients)
         return member.record
 
@@ -1728,9 +1744,11 @@ class Members:
     def __init__(self, store: Store, nameserver: str = "", clock: Callable[[], float] = time.time) -> None:
         self.store, self.clock = store, clock
         self.own = {"nameserver": nameserver} if nameserver else {}
+        self.port = 0  # by which nodes of a hub network reach this server through their tunnel; 0: by none
         self.meshes: dict[str, Mesh] = {}
         self.nodes: dict[str, Member] = {}
         self.looks: dict[str, Member] = {}
+        self.places: dict[str, Member] = {}  # by overlay address
         self._lock = threading.RLock()
 
     def node(self, node: str) -> Member | None:
@@ -1738,6 +1756,13 @@ class Members:
 
     def by_look(self, capability: str) -> Member | None:
         return self.looks.get(capability) or self._find("look = ?", capability)
+
+    def underlay(self, source: str) -> str:
+        """Where a request comes from: one through a tunnel of this host from where its node was last seen outside of it."""
+        member = self.places.get(source)
+        if member is None or member.mesh.host is None or source not in (member.row.ip, member.row.ip6):
+            return source
+        return member.row.source if member.row.state == ACTIVE and member.row.source else source
 
     def _find(self, condition: str, value: str) -> Member | None:
         """A node that is not in memory: just joined, or its network was never asked for."""
@@ -1761,6 +1786,11 @@ class Members:
             self.nodes[row.id] = self.looks[row.look] = mesh.members[row.id] = member
         else:  # with the old values where they are the same: a few new ones among many leave holes in the memory
             member.renew(NodeState._make(old if old == new else new for old, new in zip(member.row, row)))
+        for address in (row.ip, row.ip6):
+            if address and row.state == ACTIVE:
+                self.places[address] = member
+        if row.host:
+            mesh.host = member if row.state == ACTIVE else None if mesh.host is member else mesh.host
         member.clients = self._clients(row.id) if row.ingress else ()
         at_it = row.refresh not in ("", QUEUED) and row.state == ACTIVE
         (mesh.refreshing.add if at_it else mesh.refreshing.discard)(row.id)
@@ -1792,8 +1822,13 @@ class Members:
             member = self.nodes.pop(node, None)
             if member is not None:
                 self.looks.pop(member.row.look, None)
+                for address in (member.row.ip, member.row.ip6):
+                    if self.places.get(address) is member:
+                        del self.places[address]
                 member.mesh.members.pop(node, None)
                 member.mesh.refreshing.discard(node)
+                if member.mesh.host is member:
+                    member.mesh.host = None
 
     def forget_removed(self) -> None:
         """Removed nodes that have fallen silent; one that comes after all is read again."""
@@ -1887,6 +1922,8 @@ class Members:
             if have == mesh.word:
                 return None
             parts = [b'{"word":' + dump(mesh.word)]
+            if mesh.state.hub and not row.host and row.state == ACTIVE:
+                return parts[0] + self._from_hub(mesh, member) + b"}"
             since = self.in_history(mesh, have)
             if row.state != ACTIVE:
                 since = -1
@@ -1900,12 +1937,27 @@ class Members:
                 parts.append(b'"names":' + mesh.names)
             if max(row.own_changed, mesh.state.settings) > since:
                 parts.append(b'"me":' + dump({**own_settings(row, mesh.state, member.clients), **self.own}))
-            rows = [mesh.members[node].row for node in list(mesh.refreshing) if node in mesh.members]
-            times = {each.id: each.refresh_at - self.clock() for each in rows if each.refresh == SWITCHING}
-            left = {node: round(seconds, 2) for node, seconds in times.items() if seconds > -60}  # not of a restored database
+            left = self._instants(mesh, mesh.members)
             if left:
                 parts.append(b'"in":' + dump(left))
             return b",".join(parts) + b"}"
+
+    def _from_hub(self, mesh: Mesh, member: Member) -> bytes:
+        """What a node of a hub network hears, always whole: of the hub, and of itself."""
+        hub = mesh.host
+        me = {**own_settings(member.row, mesh.state, member.clients), **self.own}
+        if hub and self.port:
+            me["server"] = "http://" + endpoint(hub.row.ip or hub.row.ip6, self.port)
+        shown = [each for each in (hub, member) if each]
+        records = b",".join(map(mesh.record_of, shown))
+        left = self._instants(mesh, [each.row.id for each in shown])
+        return b',"peers":[' + records + b'],"me":' + dump(me) + (b',"in":' + dump(left) if left else b"")
+
+    def _instants(self, mesh: Mesh, shown: Container[str]) -> dict[str, float]:
+        """Seconds until keys change, by node."""
+        rows = [mesh.members[node].row for node in list(mesh.refreshing) if node in shown and node in mesh.members]
+        times = {each.id: each.refresh_at - self.clock() for each in rows if each.refresh == SWITCHING}
+        return {node: round(seconds, 2) for node, seconds in times.items() if seconds > -60}  # not of a restored database
 
     def dirty(self) -> list[tuple[int, int, int, int, str]]:
         """What is to be written behind; marked as written."""
@@ -1925,6 +1977,7 @@ class Members:
 # needs to know it reads in `build`, what must still hold when it is committed it says in the batch.
 
 PENDING_PER_NETWORK, PENDING_PER_SOURCE, PENDING_DAYS = 100, 5, 7
+HOST, HOST_KEY = "netmaker", "host"  # the node that the server's own host is; the access key with which it joins
 NO_AGENT = "none-"  # begins the auth key of a node without our agent: no key at all, and never two alike
 SETTLED = 3600  # seconds after its start in which the server takes nobody's silence for an absence: it was absent itself
 LEFT = "it left by itself"
@@ -2083,6 +2136,7 @@ def add_network(core: Core, name: str, values: Row) -> Row:
     new["display"] = new["display"] or new["id"]
     new["interface"] = new["interface"] or "nm-" + new["id"]
     new["node_limit"] = values.get("node_limit", core.settings["DEFAULT_NODE_LIMIT"])
+    new["hosted"] = values.get("hosted", core.settings["CLIENT_MODE"] != "off") or new["hub"]
 
     def build() -> Batch:
         if core.store.row("SELECT 1 FROM network WHERE id = ?", (new["id"],)):
@@ -2097,6 +2151,7 @@ def add_network(core: Core, name: str, values: Row) -> Row:
         return batch
 
     core.change(build, "network add", new["id"])
+    write_host(core)
     return need_network(core, new["id"])
 
 
@@ -2157,7 +2212,8 @@ def _change_ranges(core: Core, batch: NetworkBatch, old: Row, values: Row) -> No
 
 
 def set_network(core: Core, name: str, values: Row) -> Row:
-    """Change columns of a network; every node hears of it."""
+    """Change columns of a network; every node hears of it. A hub is the server's host."""
+    values = {**values, "hosted": True} if values.get("hub") else values
 
     def build() -> Batch | None:
         old = need_network(core, name)
@@ -2174,18 +2230,21 @@ def set_network(core: Core, name: str, values: Row) -> Row:
         batch.set("settings = counter + 1, modified = ?", core.now)
         if {"punch", "is_local"} & new.keys():  # every record shows other endpoints now
             batch.update("node", {"changed": batch.counter}, "network = ?", old["id"])
+        if "hub" in new:  # what they know is no base for a delta
+            batch.update("node", {"changed": batch.counter, "since": batch.counter}, "network = ?", old["id"])
         return batch
 
     core.change(build, "network set", need_network(core, name)["id"])
+    write_host(core)
     return need_network(core, name)
 
 
 def remove_network(core: Core, name: str) -> Row:
-    """Forget a network that has no nodes."""
+    """Forget a network that has no nodes but the server's own, whose agent leaves by itself."""
     network = need_network(core, name)
 
     def build() -> Batch:
-        living = "network = ? AND state != 'removed'"
+        living = "network = ? AND state != 'removed' AND NOT host"
         somebody = composed("SELECT 1 FROM node WHERE %s", living)
         if core.store.row(somebody, (network["id"],)):
             raise Clash("the network %s has nodes: remove them first" % network["id"])
@@ -2205,7 +2264,29 @@ def remove_network(core: Core, name: str) -> Row:
         return batch
 
     core.change(build, "network remove", network["id"])
+    write_host(core)
     return network
+
+
+def write_host(core: Core, url: str | None = None) -> None:
+    """`host.json`, by which the agent on the server's host knows its networks. `url`: the server's there; None: as it stands."""
+    path = os.path.join(core.store.folder, "host.json")
+    text = agent.read_text(path)
+    try:
+        url = json.loads(text)["server"] if url is None else url
+    except (ValueError, KeyError):
+        return  # `serve` has not run yet
+    keys = {each["id"]: "%s.%s" % (HOST_KEY, b64(core.key.host_secret(each["id"]))) for each in networks(core) if each["hosted"]}
+    told = {"version": 1, "server": url, "pin": b64(core.key.pin), "networks": keys if url else {}}
+    if text != json.dumps(told):
+        write_private(path, json.dumps(told).encode(), True)
+
+
+def host_url(settings: Settings) -> str:
+    """The server's URL for the agent on its own host; "" where that shall be in no network."""
+    bind = settings["SERVER_BIND"]
+    place = "127.0.0.1" if bind in ("0.0.0.0", "::", "") else bind  # noqa: S104
+    return "" if settings["CLIENT_MODE"] == "off" else "http://" + endpoint(place, settings["API_PORT"])
 
 
 # ---- access keys
@@ -2388,7 +2469,9 @@ def _take(batch: NetworkBatch, network: str, address: str, node: str) -> None:
 
 
 def _move_in(core: Core, batch: NetworkBatch, network: Row, node: Row) -> Row:
-    """Addresses for a node that becomes active, and its place in the network."""
+    """Addresses for a node that becomes active, and its place in the network, where the server's own does not count."""
+    if node["host"]:
+        return _settle(core, batch, network, node)
     if network["members"] >= network["node_limit"]:
         raise Clash(
             "the network has as many nodes as its limit allows (%d): raise nodelimit, or remove nodes" % network["node_limit"]
@@ -2444,7 +2527,8 @@ def _new_node(core: Core, network: Row, who: Joining) -> Row:
     new.update(public=who.public, created=core.now, modified=core.now, last_seen=core.now)
     new["state"] = ACTIVE if who.access_key else PENDING
     _check_key_free(core, new)
-    new["name"] = unused_name(core, network["id"], new.get("name") or "node")
+    new["host"] = who.access_key == HOST_KEY
+    new["name"] = unused_name(core, network["id"], HOST if new["host"] else new.get("name") or "node")
     new["port"] = (new["fixed"] and new["port"]) or network["port"]
     if not new["fixed"]:
         sql = "SELECT port FROM node WHERE source = ? AND state != 'removed'"
@@ -2475,6 +2559,9 @@ def _sign_up(core: Core, batch: NetworkBatch, network: Row, who: Joining) -> Non
 
 def _use_key(core: Core, batch: NetworkBatch, key_id: str) -> None:
     """Take one use of an access key, in the transaction that makes the node."""
+    if key_id == HOST_KEY:
+        batch.when("hosted = ?", True)
+        return
     usable = "id = ? AND (uses IS NULL OR uses > 0) AND (expires IS NULL OR expires > ?)"
     found = composed("SELECT 1 FROM access_key WHERE %s", usable)
     if core.store.row(found, (key_id, core.now)) is None:
@@ -2505,6 +2592,10 @@ def join(core: Core, who: Joining) -> Row:
         batch.insert("joined", {**row, "access_key": who.access_key, "node": values["id"]})
         return batch
 
+    if who.access_key == HOST_KEY:  # there is one: what was before has lost its files
+        former = (Node.network == who.network) & Node.host & (Node.state != REMOVED) & (Node.auth != who.auth)
+        for node in core.store.select(Node.select().where(former)):
+            remove_node(core, node, LEFT)
     core.by(Caller("node", who.source)).change(build, "node join", who.network, who.values["name"])
     mine = (Node.network == who.network) & (Node.auth == who.auth)
     found = core.store.get(Node.select().where(mine))
@@ -2608,7 +2699,7 @@ def remove_node(core: Core, node: Row, farewell: str = "an administrator removed
             return None
         batch = NetworkBatch(node["network"], core.now)
         batch.note = farewell
-        if now["state"] != PENDING:
+        if now["state"] != PENDING and not now["host"]:
             batch.set("members = members - 1")
         new: Row = {"state": REMOVED, "removed": core.now, "farewell": farewell, **_without_roles(batch, now)}
         new.update(changed=batch.counter, own_changed=batch.counter, since=batch.counter)
@@ -2658,7 +2749,7 @@ def forget_node(core: Core, network: str, node: str) -> None:
     def build() -> Batch:
         batch = NetworkBatch(network, core.now, heard=False)
         batch.delete("node", "id = ? AND state = 'removed'", node)
-        unkeyed = "node = ? AND access_key != '' AND access_key NOT IN (SELECT id FROM access_key)"
+        unkeyed = "node = ? AND access_key NOT IN ('', 'host') AND access_key NOT IN (SELECT id FROM access_key)"
         batch.delete("joined", unkeyed, node)
         return batch
 
@@ -3356,7 +3447,8 @@ CHECKS = {
     "node changed in the future": "SELECT name, network FROM node JOIN network ON network.id = node.network"
     " WHERE changed > counter OR own_changed > counter OR since > counter",
     "wrong count of nodes": composed(
-        "SELECT members, id FROM network WHERE members != (SELECT COUNT(*) FROM node WHERE network = network.id AND %s)",
+        "SELECT members, id FROM network WHERE members !="
+        " (SELECT COUNT(*) FROM node WHERE network = network.id AND NOT host AND %s)",
         COUNTED,
     ),
     "report on or by a node that is not there": "SELECT observer, network FROM observed"

@@ -113,6 +113,7 @@ from netmaker_core import (
     ACTIVE,
     FILES_PATH,
     FLAGS,
+    HOST_KEY,
     LEFT,
     LIVING,
     NO_AGENT,
@@ -185,6 +186,7 @@ from netmaker_core import (
     forget_node,
     give_up_key,
     hash_password,
+    host_url,
     http_status,
     is_heard,
     is_password,
@@ -229,6 +231,7 @@ from netmaker_core import (
     tell_nameserver,
     told,
     unused_name,
+    write_host,
     write_names,
 )
 
@@ -504,6 +507,9 @@ class Bell:
             return not self.stopped
 
 
+HERE = "127.0.0.1"
+
+
 class Sight:
     """What others may reach of an address that a request came from."""
 
@@ -519,6 +525,10 @@ class Sight:
                 self._known.clear()
             found = self._known[source] = self._public(source)
         return found
+
+    def is_home(self, source: str) -> bool:
+        """Whether a request may come from this host's own agent: not from the internet."""
+        return not is_public(source) or self._own(source)
 
     def forget(self) -> None:
         """This host's addresses may have changed."""
@@ -637,6 +647,11 @@ class Agents:
         self.bell = Bell(core.settings["POLL_LIMIT"])
         self.failures = Failures(20, 20 / 60)
         self.interval = core.settings["CHECKIN_INTERVAL"]
+        if core.settings["SERVER_BIND"] in ("0.0.0.0", "::", ""):  # noqa: S104 - heard inside of tunnels, too
+            self.members.port = core.settings["API_PORT"]
+        for network in networks(core):
+            if network["hub"]:  # who comes through a tunnel is known by its address there
+                self.members.mesh(network["id"])
         self.due: set[str] = set()  # nodes whose observed endpoint may move when its minute is over
         self._lock = threading.Lock()
         core.store.committed = self.bell.ring
@@ -648,6 +663,7 @@ class Agents:
         if len(fields) != 7 or fields[0] != agent.PROTOCOL or fields[3] not in ("s", "p"):
             raise Invalid("a join needs the header %s: see docs/protocol.md" % agent.HEADER)
         _, public, name, mode, incarnation, nonce, request_mac = fields
+        source = self.members.underlay(source)
         now = self.core.clock()
         self.failures.check(now, source)
         if len(body) > MAX_UNPROVEN:
@@ -681,14 +697,15 @@ class Agents:
             if field not in ("proof", "facts", "wishes"):
                 raise Invalid("unknown field %.40r" % field)
         network = need_network(self.core, check_network(name))
-        key_id = self._proven(network, given.get("proof"), proof_key, unb64_of(nonce, 16))
+        key_id = self._proven(network, given.get("proof"), proof_key, unb64_of(nonce, 16), source)
         values = take(given.get("facts", {}), FACTS, "facts")
         wishes = take(given.get("wishes", {}), WISHES, "wishes")
         values.update({column: value for column, value in wishes.items() if value != ""})
         if "key" not in values:
             raise Invalid("facts have no WireGuard key")
         values["name"] = values.get("name") or fold_name("node")
-        who = Joining(network["id"], public, key_id, source, self.sight.public(source), values)
+        seen = self.sight.public(HERE if key_id == HOST_KEY else source)
+        who = Joining(network["id"], public, key_id, source, seen, values)
         node = join(self.core, who)
         member = self.members.reload(node["id"])
         if member is not None and not node["confirmed"]:
@@ -697,22 +714,28 @@ class Agents:
         answer = {name: node[name] for name in ("state", "look", "name")}
         return {"node": node["id"], **answer, "message": message}
 
-    def _proven(self, network: Row, proof: Any, proof_key: bytes, nonce: bytes) -> str:
+    def _proven(self, network: Row, proof: Any, proof_key: bytes, nonce: bytes, source: str) -> str:
         """The id of the access key that the joiner has shown to hold; "" for a manual sign-up."""
         if proof is None:
             return ""
         table = {"key": ("key", as_text(str)), "mac": ("mac", as_text(str))}
         claim = take(proof, table, "proof")
         now = self.core.clock()
-        self.failures.check(now, "key " + str(claim.get("key")))
+        limited = "key " + str(claim.get("key"))
+        if claim.get("key") == HOST_KEY:  # which everybody knows: strangers must not use its tries up
+            limited += " " + source
+        self.failures.check(now, limited)
         condition = (AccessKey.id == claim.get("key")) & (AccessKey.network == network["id"])
         key = self.core.store.get(AccessKey.select().where(condition))
+        known = key is not None
         secret = self.core.key.unseal(key["id"], key["secret"]) if key else b"\0"
+        if claim.get("key") == HOST_KEY and network["hosted"] and self.sight.is_home(source):
+            known, secret = True, self.core.key.host_secret(network["id"])
         expected = agent.key_proof(secret, proof_key, nonce)
-        if not key or not secrets.compare_digest(expected.encode(), str(claim.get("mac")).encode()):
-            self.failures.add(now, "key " + str(claim.get("key")))
+        if not known or not secrets.compare_digest(expected.encode(), str(claim.get("mac")).encode()):
+            self.failures.add(now, limited)
             raise Denied("the network %s has no such access key: ask for another" % network["id"])
-        return str(key["id"])
+        return str(claim["key"])
 
     # ---- exchange
 
@@ -732,6 +755,7 @@ class Agents:
             raise Denied("the signature is wrong: the request was altered, or is another node's")
         if not self.members.prove(member.mesh):
             return self._unknown(who, request, body, source)
+        source = self.members.underlay(source)
         member = self.members.nodes.get(node, member)
         self._derive(member)  # a network that was read anew has them no more
         box = partial(nacl.secret.SecretBox, member.seal_key) if mode == "s" else None
@@ -798,7 +822,8 @@ class Agents:
             remove_node(by_itself, {"id": row.id, "network": row.network, "name": row.name}, LEFT)
             self.members.prove(member.mesh)
             return self._farewell(member, told, signer)
-        public = row.public if row.public == signer.source else self.sight.public(signer.source)
+        place = HERE if row.host else signer.source
+        public = row.public if row.public == place else self.sight.public(place)
         if told or moved or public != row.public or order[0] > row.epoch or not row.confirmed:
             self._commit(member, order, told, signer.source, public)
         member.see(now)
@@ -826,6 +851,7 @@ class Agents:
         told = told or Exchange({}, {}, {}, False, False)
         reports: dict[str, str | None] = {**told.seen}
         reports.update({node: "" if mute else None for node, mute in told.mute.items()})
+        roamed = self._roamed(member, told.seen) if row.host and member.mesh.state.hub else {}
 
         def build() -> Batch:
             node = core.store.get(Node.select().where(Node.id == row.id))
@@ -851,10 +877,13 @@ class Agents:
             for node_id, place in reports.items():
                 if self._is_peer(member, node_id):
                     self._observe(batch, row.id, node_id, place)
+            for node_id, address in roamed.items():
+                batch.update("node", {"source": address, "public": address}, LIVING, node_id)
             return batch
 
         core.store.change(build)
-        self.members.reload(row.id)
+        for node_id in (row.id, *roamed):
+            self.members.reload(node_id)
         self.members.prove(member.mesh)
         concerned = set(told.seen)
         if source != row.source:
@@ -878,7 +907,22 @@ class Agents:
     @staticmethod
     def _is_peer(member: Member, node: str) -> bool:
         other = member.mesh.members.get(node)
-        return other is not None and other is not member and other.row.state == ACTIVE
+        if other is None or other is member or other.row.state != ACTIVE:
+            return False
+        return bool(not member.mesh.state.hub or member.row.host or other.row.host)
+
+    @staticmethod
+    def _roamed(hub: Member, seen: Mapping[str, str | None]) -> dict[str, str]:
+        """Public addresses that nodes have moved to, as the hub of their tunnels sees: their requests no longer tell."""
+        found = {}
+        for node, place in seen.items():
+            other = hub.mesh.members.get(node)
+            address = split_endpoint(place)[0] if place else ""
+            if other is None or not other.row.public or not address or not is_public(address):
+                continue
+            if address != other.row.source and (":" in address) == (":" in other.row.source):
+                found[node] = address
+        return found
 
     @staticmethod
     def _observe(batch: NetworkBatch, observer: str, node: str, place: str | None) -> None:
@@ -999,7 +1043,7 @@ class Agents:
         member = self.members.by_look(capability)
         if member is None or not self.members.prove(member.mesh):
             return "!"
-        if member.row.state == REMOVED or member.row.source != source:
+        if member.row.state == REMOVED or member.row.source != self.members.underlay(source):
             return "!"
         member.see(self.core.clock())
         member.parked = max(member.parked, member.seen + wait) if wait > 0 else member.parked
@@ -1453,7 +1497,9 @@ NETWORK_FIELDS = (
     Field("keyupdatetimestamp", lambda row: 0, None, "number"),
     Field("defaultextclientdns", "client_dns", check_addresses),
     *(Field(name, lambda row: "") for name in ("defaultpostup", "defaultpostdown")),
-    *(Field(name, lambda row: False, None, "flag") for name in ("defaultsaveconfig", "isgrpchub")),
+    Field("defaultsaveconfig", lambda row: False, None, "flag"),
+    Field("isgrpchub", "hub", YES_NO),
+    Field("hosted", "hosted", YES_NO),
 )
 
 
@@ -1528,7 +1574,7 @@ NODE_FIELDS = (
     Field("relayaddrs", lambda row: row.get("relayaddrs", []), None, "texts"),
     *(Field(name, name, check_hook) for name in ("postup", "postdown")),
     Field("seenby", "", None, "object"),  # of one node only
-    Field("isserver", lambda row: False, None, "flag"),
+    Field("isserver", "host", None, "flag"),
     Field("saveconfig", lambda row: False, None, "flag"),
     Field("pullchanges", lambda row: False, None, "flag"),
     Field("action", lambda row: "noop"),
@@ -2371,8 +2417,8 @@ def host_network(hosted: bool) -> Callable[[Call], Any]:
 
     def handler(call: Call) -> Any:
         name = set_network(call.core, call.path["n"], {"hosted": hosted})["id"]
-        word, hand = ("shall", "join it there") if hosted else ("shall not", "leave there")
-        return Message("noted: the server's host %s be in %s (agents do not see to that yet: %s by hand)" % (word, name, hand))
+        how = "run `netclient-lite daemon --server-data %s` there if it does not run yet" % call.core.settings.data
+        return Message("the server's host %s %s by itself (%s)" % ("joins" if hosted else "leaves", name, how))
 
     return handler
 
@@ -2721,6 +2767,7 @@ def make_app(agents: Agents) -> Any:
 # SERVE
 # --------------------------------------------------------------------------------------------------
 
+HOST_JOINS = 60  # seconds after its start in which a server waits for the agent of its host
 HOUSEKEEPING = 15.0  # seconds between two write-behinds
 WATCH = 0.25  # seconds in which a change by another process wakes a long-poll
 
@@ -2858,6 +2905,7 @@ class Housekeeping:
     def __init__(self, agents: Agents) -> None:
         self.agents = agents
         self.stopped = threading.Event()
+        self.alone = False  # that no agent runs here has been said
         self.named: list[tuple[Any, ...]] = []  # the words of networks whose names are written
         self.threads = [threading.Thread(target=each, daemon=True) for each in (self.tidy, self.watch)]
 
@@ -2885,6 +2933,7 @@ class Housekeeping:
                 partial(sweep, core),
                 partial(forget_audit, core),
                 self.push_names,
+                self.miss_host,
             ):
                 try:
                     task()
@@ -2900,6 +2949,20 @@ class Housekeeping:
         if now != self.named and core.settings["DNS_MODE"] == "on":
             write_names(core)
             self.named = now
+
+    def miss_host(self) -> None:
+        """Say once that no agent makes this host a node of its networks."""
+        core = self.agents.core
+        if self.alone or core.settings["CLIENT_MODE"] == "off" or core.now - core.started < HOST_JOINS:
+            return
+        sql = "SELECT id FROM network WHERE hosted AND id NOT IN (SELECT network FROM node WHERE host AND state != 'removed')"
+        missing = ", ".join(row[0] for row in core.store.rows(sql))
+        if missing:
+            self.alone = True
+            log.warning(
+                "this host is not a node of %s: run `netclient-lite daemon --server-data %s` as root, or set CLIENT_MODE=off",
+                missing, core.settings.data,
+            )  # fmt: skip
 
     def watch(self) -> None:
         """Wake long-polls for changes by the command line or another replica."""
@@ -2949,6 +3012,7 @@ def collect_often() -> None:
 def _serve(core: Core, socks: Sequence[socket.socket], run: Callable[..., None], out: Callable[[str], None]) -> None:
     core.store.set_meta("urls", " ".join(own_urls(core.settings)))
     tell_nameserver(core)
+    write_host(core, host_url(core.settings))
     agents = Agents(core, Sight(core.settings))
     keeper = Housekeeping(agents)
     signal.signal(signal.SIGTERM, _terminate)

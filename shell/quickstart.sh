@@ -470,28 +470,50 @@ joined() {
 sys.exit(sys.argv[1] not in [node["network"] for node in json.load(sys.stdin)])' "$NETWORK"
 }
 
-need_node() {
-	local token daemon=off
+need_node() { # `netmaker`, which the agent makes of this machine by what the server's folder says
 	if joined; then
 		agent checkin -n "$NETWORK" >&2 ||
 			die "this machine's check-in to $NETWORK fails: see above; where its server is gone for good, run" \
 				"netclient-lite leave -n $NETWORK and then this again"
 	else
 		say "joining this machine"
-		has_systemd && daemon=on
-		token=$(fresh_token "$KEY-own" 1h)
-		# by the loopback address: a public one may not lead back here through a NAT
-		NETCLIENT_ACCESSTOKEN=$token agent join --apiserver "127.0.0.1:$NM_PORT" --daemon $daemon >&2 ||
-			die "this machine could not join: see the message above, then run this again"
-		admin key remove "$NETWORK" "$KEY-own" >/dev/null 2>&1 || : # used up
+		agent checkin --server-data "$NM_DATA" >&2 || die "this machine could not join: see the message above, then run this again"
+		joined || die "this machine is not to be in $NETWORK: see CLIENT_MODE in $NM_DATA/netmaker.env"
 	fi
 }
 
-need_daemon() { # where systemd does not call the agent
-	has_systemd && return
+daemon_unit() {
+	cat <<-END
+		# Written by shell/quickstart.sh of netmaker-lite; own changes belong in a drop-in: systemctl edit $DAEMON
+		[Unit]
+		Description=netclient-lite: this host in the networks of its server
+		After=$SERVER.service network-online.target
+
+		[Service]
+		ExecStart=$NM_VENV/bin/netclient-lite daemon --server-data $NM_DATA
+		Restart=always
+		RestartSec=5
+		# a userspace WireGuard, our child, outlives the daemon
+		KillMode=process
+
+		[Install]
+		WantedBy=multi-user.target
+	END
+}
+
+start_daemon() { # with systemd
+	daemon_unit >"$NM_UNITS/$DAEMON.service"
+	systemctl daemon-reload && systemctl enable --quiet "$DAEMON" && systemctl restart "$DAEMON"
+}
+
+need_daemon() {
+	if has_systemd; then
+		start_daemon || die "systemd could not start the agent: see journalctl -u $DAEMON"
+		return
+	fi
 	[ $updated = no ] || end_process "$DAEMON" daemon
 	pid_of "$DAEMON" daemon >/dev/null && return
-	start_process "$DAEMON" exec setsid "$NM_VENV/bin/netclient-lite" daemon
+	start_process "$DAEMON" exec setsid "$NM_VENV/bin/netclient-lite" daemon --server-data "$NM_DATA"
 	say "systemd does not run here: after a restart of this machine, run this again"
 }
 

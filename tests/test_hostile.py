@@ -51,7 +51,9 @@ def http(body, status="200 OK", more=""):
 
 def session(port):
     secret = agent.Secret("demo", "0" * 16, "cap", b"a" * 32, b"z" * 32, b"s" * 32)
-    return agent.Session(config_of(servers=["http://127.0.0.1:%d" % port]), secret, agent.Counters(), lambda: None)
+    return agent.Session(
+        config_of(servers=["http://127.0.0.1:%d" % port]), secret, agent.Counters(), lambda: None, agent.System(agent.Run())
+    )
 
 
 FORGED = {

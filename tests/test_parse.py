@@ -431,7 +431,7 @@ def answered(session, body, status=200):
 
 @pytest.fixture
 def session():
-    quiet = agent.Session(config_of(), SECRET, Counters(), lambda: None)
+    quiet = agent.Session(config_of(), SECRET, Counters(), lambda: None, agent.System(agent.Run()))
     quiet.box = None
     return quiet
 

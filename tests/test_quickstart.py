@@ -38,7 +38,9 @@ def test_two_runs_a_join_and_a_stop() -> None:
         withdrawn = nas.agent("join", "-t", first.split()[-1], "--daemon", "off", check=False)
         assert withdrawn.returncode == 1
         nas.agent("join", "-t", second.split()[-1], "--daemon", "off")
-        first_node = json.loads(nas.agent("list").stdout)[0]["peers"][0]["address"]
+        peer = json.loads(nas.agent("list").stdout)[0]["peers"][0]
+        first_node = peer["address"]
+        assert peer["name"] == "netmaker"
         wait_for(lambda: not nas.ping(first_node, count=1).lost, 15, "the first node to be reached")
         assert "netmaker-lite" in vps.run("ps", "-o", "user:20,args", "-e").stdout
         quickstart(vps, "--stop")
