@@ -907,6 +907,7 @@ class Peer(NamedTuple):
     endpoint: str
     allowed: frozenset[str]
     keepalive: int
+    preshared: str = ""
 
 
 class LivePeer(NamedTuple):
@@ -919,6 +920,7 @@ class LivePeer(NamedTuple):
     handshake: int
     rx: int
     tx: int
+    preshared: str = ""
 
 
 class Actual(NamedTuple):
@@ -1099,7 +1101,8 @@ def _live_peer(field: Words) -> LivePeer:
         where = ""
     allowed = frozenset() if field[3] == "(none)" else frozenset(field[3].split(","))
     keepalive = 0 if field[7] == "off" else int(field[7])
-    return LivePeer(field[0], where, allowed, keepalive, int(field[4]), int(field[5]), int(field[6]))
+    preshared = "" if field[1] == "(none)" else field[1]
+    return LivePeer(field[0], where, allowed, keepalive, int(field[4]), int(field[5]), int(field[6]), preshared)
 
 
 class Link(NamedTuple):
@@ -1220,6 +1223,20 @@ def parse_record(record: Any) -> Row:
     return clean
 
 
+def parse_clients(told: Any, homes: Words) -> list[Row]:
+    """External clients that a gateway lets in: what they own lies in the network's ranges."""
+    found = []
+    for each in told["clients"]:
+        client: Row = {"id": str(each["id"]), "key": check_key(each["key"]), "internet": each.get("internet") is True}
+        client.update({kind: check_address(each[kind], version) for kind, version in (("ip", 4), ("ip6", 6)) if each.get(kind)})
+        if not re.fullmatch("[0-9a-f]{16}", client["id"]) or not all(
+            inside(client[kind], homes) for kind in ("ip", "ip6") if kind in client
+        ):
+            raise Invalid("an external client is odd, or its address is not the network's")
+        found.append(client)
+    return found
+
+
 def parse_me(me: Any) -> Row:
     """Check the server's settings for this node."""
     if not isinstance(me, dict):
@@ -1239,6 +1256,8 @@ def parse_me(me: Any) -> Row:
         clean[kind] = me[kind]
     for kind, usual in (("dns", True), ("forwarding", True), ("punch", True), ("local", False), ("refresh", False)):
         clean[kind] = me.get(kind, usual) is True
+    if me.get("ingress"):
+        clean["clients"] = parse_clients(me["ingress"], [clean[width] for width in ("range", "range6") if width in clean])
     clean["deny"] = [str(node) for node in me.get("deny", ())]
     clean["interface"] = check_interface(me.get("interface") or "nm-")
     clean["forward"] = me.get("forward") is True
@@ -1435,9 +1454,12 @@ def keeping_keys(before: View, after: View, live: Mapping[str, LivePeer]) -> Non
 
 
 def desire(
-    view: View, node: str, config: Config, private: str, endpoints: Mapping[str, str], keep_out: Words = ()
+    view: View, node: str, config: Config, private: str, endpoints: Mapping[str, str], keep_out: Words = (), key: bytes = b""
 ) -> tuple[Desired, list[str]]:
-    """The interface that the view asks for, and the guards' warnings. `endpoints`: by node (or key of a second peer of it)."""
+    """The interface that the view asks for, and the guards' warnings. `endpoints`: by node (or key of a second peer of it).
+
+    key: what the preshared keys of external clients are made with.
+    """
     me = view.me
     ranges = [me[width] for width in ("range", "range6") if me.get(width)]
     addresses = [me[kind] + "/" + me[width].split("/")[1] for kind, width in (("ip", "range"), ("ip6", "range6")) if me.get(kind)]
@@ -1447,8 +1469,11 @@ def desire(
         where = endpoints.get(spare, "")
         peers[spare] = Peer(spare, where, frozenset(), me["keepalive"] if where else 0)
     for other, own in allowed.items():
-        key = view.peers[other]["key"]
-        peers[key] = Peer(key, endpoints.get(other, ""), own, me["keepalive"])
+        public = view.peers[other]["key"]
+        peers[public] = Peer(public, endpoints.get(other, ""), own, me["keepalive"])
+    for client in me.get("clients", ()):  # they call; the server gave these addresses to nobody else
+        own = frozenset(allowed_ips(client)) - frozenset().union(*(peer.allowed for peer in peers.values()))
+        peers.setdefault(client["key"], Peer(client["key"], "", own, 0, preshared_key(key, client)))
     homes = [ipaddress.ip_network(text) for text in ranges]
     beyond = {text for own in allowed.values() for text in own if not _within(ipaddress.ip_network(text), homes)}
     routes = frozenset(ranges) | beyond
@@ -1525,17 +1550,39 @@ def _address_step(interface: str, verb: str, address: str) -> Step:
 TRY = "try another endpoint of"  # no news: a check-in does not speak of it
 
 
+def preshared_key(key: bytes, client: Fields) -> str:
+    """What the gateway and an external client share beside their keys (docs/protocol.md); it never travels to the gateway."""
+    text = "{id}\n{key}".format(**client)
+    return binascii.b2a_base64(blake2b(text.encode(), key=key, digest_size=32).digest(), newline=False).decode()
+
+
+PEER_SECTION = "[Peer]\nPublicKey = {}\nPresharedKey = {}\nAllowedIPs = {}\nPersistentKeepalive = {}\n"
+
+
 def plan_peers(actual: Actual, desired: Desired) -> list[Step]:
-    """One `wg` for all removals, one for all others, with what differs: allowed-ips named again would be empty for a moment."""
+    """One `wg` for all removals, one for all others, with what differs: allowed-ips named again would be empty for a moment.
+
+    One more for those with a preshared key, all in its input: `wg set` takes each from a file of its own.
+    """
     gone = sorted(set(actual.peers) - set(desired.peers))
-    changed, moved = [], 0
+    changed, moved, sections = [], 0, []
     for key in sorted(desired.peers):
+        peer = desired.peers[key]
+        if peer.preshared:
+            if _peer_words(actual.peers.get(key), peer):
+                values = (key, peer.preshared, ", ".join(sorted(peer.allowed)), peer.keepalive)
+                sections.append(PEER_SECTION.format(*values))
+            continue
         differs = _peer_words(actual.peers.get(key), desired.peers[key])
         if differs:
             moved += key in actual.peers and len(differs) == 2 and differs[0] == "endpoint"
             changed.append(["peer", key, *differs])
     removed = _wg_steps(desired.interface, "remove", [["peer", key, "remove"] for key in gone])
-    return removed + _wg_steps(desired.interface, "set" if moved < len(changed) else TRY, changed)
+    steps = removed + _wg_steps(desired.interface, "set" if moved < len(changed) else TRY, changed)
+    if sections:
+        why = "set " + _count(len(sections)).replace("peer", "external client")
+        steps.append(Step(("wg", "addconf", desired.interface, "/dev/stdin"), why, "\n".join(sections), secret=True))
+    return steps
 
 
 def _wg_steps(interface: str, verb: str, peers: Sequence[Words]) -> list[Step]:
@@ -1559,6 +1606,8 @@ def _peer_words(live: LivePeer | None, peer: Peer) -> list[str]:
         words += ["persistent-keepalive", str(peer.keepalive)]
     if live is None or live.allowed != peer.allowed:
         words += ["allowed-ips", ",".join(sorted(peer.allowed))]
+    if (live.preshared if live else "") != peer.preshared:
+        words += ["preshared-key", "/dev/null"]
     return words
 
 
@@ -1900,7 +1949,7 @@ class Run:
         """Carry a plan out, in order; the first failure ends it (the next check-in plans anew)."""
         for step in steps:
             if self.echo:
-                shown = step.stdin.rstrip("\n") if not step.secret else "(private key)"
+                shown = step.stdin.rstrip("\n") if not step.secret else "(keys)"
                 show(" ".join(step.argv) + (" <<< " + repr(shown) if step.stdin else ""), self.dry)
             if not self.dry:
                 self(*step.argv, stdin=step.stdin, detached=step.detached)
@@ -2975,7 +3024,8 @@ class Node:
                 if spare and turn:  # which of the two keys the node has shows when it answers
                     endpoints[spare.key] = chosen
         out = [*self.keep_out(), *(split_endpoint(text)[0] for text in endpoints.values())]
-        wanted, warnings = desire(view, self.secret.node, self.config, self.private, endpoints, out)
+        key = self.secret.key("client")
+        wanted, warnings = desire(view, self.secret.node, self.config, self.private, endpoints, out, key)
         self._warn("peers", warnings)
         if view.state in ("disabled", "expired"):
             wanted = wanted._replace(peers={})
@@ -3951,13 +4001,16 @@ def table(head: Words, rows: Sequence[Words]) -> str:
     return "\n".join(lines) + "\n"
 
 
+NEVER = LivePeer("", "", frozenset(), 0, 0, 0, 0)  # a peer that is not there
+
+
 def status_of(node: Node) -> Row:
     """What `status --json` says of one network; ages in seconds, last_exchange in unix seconds."""
     now, wall, view = time.monotonic(), time.time(), node.memory.view
     actual, exchanged = node.read(), node.memory.exchanged
     peers = []
     for record in node.others():
-        live = actual.peers.get(record["key"], LivePeer(record["key"], "", frozenset(), 0, 0, 0, 0))
+        live = actual.peers.get(record["key"], NEVER)
         near = live.endpoint == record.get("local") and live.endpoint not in (record.get("seen"), record.get("at"))
         peers.append(
             {
@@ -3982,7 +4035,15 @@ def status_of(node: Node) -> Row:
         "last_exchange": int(wall - now + exchanged) if 0 < exchanged <= now else None,
         "names": node.memory.names,
         "peers": peers,
+        "clients": [client_status(record, actual, wall) for record in view.me.get("clients", ())],
     }
+
+
+def client_status(record: Fields, actual: Actual, wall: float) -> Row:
+    live = actual.peers.get(record["key"], NEVER)
+    age = max(0, int(wall) - live.handshake) if live.handshake else None
+    more = {"handshake_age": age, "rx": live.rx, "tx": live.tx}
+    return {"id": record["id"], "address": address_of(record), "endpoint": live.endpoint, **more}
 
 
 def cmd_status(context: Context, options: Options) -> ExitStatus:
@@ -3998,7 +4059,10 @@ def cmd_status(context: Context, options: Options) -> ExitStatus:
         entry["where"] = " ".join(filter(None, (entry["address"], entry["address6"]))) or "(no address yet)"
         print("{network}: {node}, {where} on {interface}{up}; {server}, {contact}, revision {revision}".format(**entry))
         rows = []
-        for peer in entry["peers"]:
+        for peer in (
+            *entry["peers"],
+            *({"name": "client " + client["id"], "path": "client", **client} for client in entry["clients"]),
+        ):
             age = "%d s ago" % peer["handshake_age"] if peer["handshake_age"] is not None else "never"
             traffic = "{} / {}".format(amount(peer["rx"]), amount(peer["tx"]))
             rows.append(("  " + peer["name"], peer["address"], peer["path"], peer["endpoint"] or "-", age, traffic))

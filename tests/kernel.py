@@ -112,6 +112,8 @@ class Kernel:
             self.exists = False
         elif words[:2] == ["wg", "set"]:
             self._wg(words[2:], stdin)
+        elif words[:2] == ["wg", "addconf"]:
+            self._addconf(words[2:], stdin)
         elif words[0] == "ip":
             self._ip(words[1:], stdin)
         else:
@@ -176,16 +178,27 @@ class Kernel:
         for words in peers:
             self._peer(words[1], words[2:])
 
+    def _addconf(self, words: list[str], stdin: str) -> None:
+        """Peers with their preshared keys; a peer that is named again gets these allowed IPs and no others."""
+        self._refuse_if(not self.exists or words != [self.interface, "/dev/stdin"], "No such device")
+        for section in stdin.split("[Peer]\n")[1:]:
+            values = dict(line.split(" = ") for line in section.strip().splitlines())
+            allowed = values["AllowedIPs"].replace(" ", "")
+            self._peer(values["PublicKey"], ("persistent-keepalive", values["PersistentKeepalive"], "allowed-ips", allowed))
+            self.peers[values["PublicKey"]] = self.peers[values["PublicKey"]]._replace(preshared=values["PresharedKey"])
+
     def _peer(self, key: str, words: Sequence[str]) -> None:
         self._refuse_if(len(key) != 44, "Key is not the correct length or format")
         if list(words) == ["remove"]:
             self.peers.pop(key, None)
             return
-        values = _pairs(words, ("endpoint", "persistent-keepalive", "allowed-ips"))
+        values = _pairs(words, ("endpoint", "persistent-keepalive", "allowed-ips", "preshared-key"))
+        self._refuse_if(values.get("preshared-key", "/dev/null") != "/dev/null", "another file for each key")
         peer = self.peers.get(key, LivePeer(key, "", frozenset(), 0, 0, 0, 0))
         peer = peer._replace(
             endpoint=values.get("endpoint", peer.endpoint),
             keepalive=int(values.get("persistent-keepalive", peer.keepalive)),
+            preshared="" if "preshared-key" in values else peer.preshared,
         )
         if "allowed-ips" in values:
             allowed = frozenset(
@@ -312,7 +325,7 @@ def key_like(text: str) -> str:
 def _shown_peer(peer: LivePeer) -> tuple[str, ...]:
     ranges = ",".join(sorted(peer.allowed)) or "(none)"
     numbers = (str(peer.handshake), str(peer.rx), str(peer.tx))
-    return (peer.key, "(none)", peer.endpoint or "(none)", ranges, *numbers, str(peer.keepalive or "off"))
+    return (peer.key, peer.preshared or "(none)", peer.endpoint or "(none)", ranges, *numbers, str(peer.keepalive or "off"))
 
 
 def _split_before(words: Sequence[str], mark: str) -> Iterator[list[str]]:
