@@ -3148,6 +3148,19 @@ class Node:
             self.context.say(f"{self.config.network}: {warning}")
         self.memory.warned[kind] = warnings
 
+    def _knock(self) -> None:
+        """Have WireGuard try again peers that it gave up, as it does after 90 s (REKEY_ATTEMPT_TIME) where no packet waits for one.
+
+        So it is with those that are relayed. A keepalive that is set anew makes a packet.
+        """
+        now, live = time.monotonic(), self._live.peers
+        silent = [key for key, since in self.memory.waiting.items() if now - since > 90 and self._tried(key)]
+        words: list[str] = []
+        for key in sorted(key for key in silent if not live[key].allowed):
+            words += ["peer", key, "persistent-keepalive", "0", "peer", key, "persistent-keepalive", str(live[key].keepalive)]
+        if words:
+            self.run.apply([Step(("wg", "set", self.config.interface, *words), TRY)])
+
     def _await_interface(self) -> None:
         end = time.monotonic() + 5
         while not self.run.dry:
@@ -3227,6 +3240,7 @@ class Node:
         self.read()
         lapse(self.memory, self.memory.view, time.monotonic())
         self.apply(self.memory.view)
+        self._knock()
         if afresh:
             self.counters.word = "-"
         data = self._opened(handed) if handed is not None and handed.status == 200 else None
