@@ -29,6 +29,7 @@ Contents
     SYSTEM      this machine: WireGuard back ends, addresses, routes
     NAMES       the names of nodes for this machine's resolver
     GATEWAY     what a gateway forwards: fw4, nft or iptables, and the kernel's switches
+    DISCOVER    neighbours in the LAN, by multicast DNS
     API         one membership's conversation with its server
     RECONCILE   one check-in: exchange, plan, apply, confirm, report
     SERVICE     what makes a check-in happen every 15 s
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     Words = Sequence[str]
     Row = dict[str, Any]
     Spare = tuple[str, str] | None  # a key that is not in force yet: both halves
+    Told = tuple[bytes, str, list[str]]  # of an own node to its LANs: its group's key, its id, its endpoints there
 
 PROTOCOL = "1"
 HEADER = "NM-Lite"
@@ -1049,6 +1051,8 @@ class Memory(Kept):
     # by key: bytes received and when that changed, the last handshake and when that was, bytes sent
     rx: dict[str, list[int]] = {}
     deaf: dict[str, float] = {}  # by key: until when its local address is not tried first
+    found: dict[str, str] = {}  # by node: its endpoint in this LAN, as it says there
+    lonely: bool = False  # nodes are lost in the LAN, and nobody there knows of them
     waiting: dict[str, float] = {}  # by key: since when without a handshake
     renewed: dict[str, float] = {}  # by key: when there was something new to try meanwhile
     kept: dict[str, float] = {}  # by node: until when, after a restore
@@ -1279,6 +1283,8 @@ def parse_me(me: Any) -> Row:
         clean["localrange"] = str(ipaddress.ip_network(me["localrange"]))
     if me.get("nameserver"):
         clean["nameserver"] = check_address(me["nameserver"])
+    if me.get("group"):
+        clean["group"] = b64(unb64(me["group"]))
     return clean
 
 
@@ -1332,6 +1338,101 @@ def parse_keys(text: str) -> tuple[str, Spare]:
     return check_key(private), (check_key(more[0]), check_key(more[1])) if more else None
 
 
+SERVICE = (b"_netclient-lite", b"_udp", b"local")
+PTR, TXT, SRV = 12, 16, 33  # RFC 1035, RFC 2782
+
+
+def dns_name(labels: Sequence[bytes]) -> bytes:
+    return b"".join(bytes([len(label)]) + label for label in labels) + b"\0"
+
+
+def make_query(number: int = 0) -> bytes:
+    """An mDNS question for our service. RFC 6762 §6.7: asked from another port than 5353, it is answered to there."""
+    return number.to_bytes(2, "big") + bytes((0, 0, 0, 1, 0, 0, 0, 0, 0, 0)) + dns_name(SERVICE) + bytes((0, PTR, 0, 1))
+
+
+def make_record(instance: str, port: int, strings: Words, number: int = 0, legacy: bool = False) -> bytes:
+    """An mDNS answer: that our service is there, where, and what it says. `legacy`: with the question, for a plain resolver."""
+    name = dns_name((instance.encode(), *SERVICE))
+    text = b"".join(bytes([len(each)]) + each for each in map(str.encode, strings))
+    host = bytes(6) + port.to_bytes(2, "big") + dns_name((instance.encode(), b"local"))
+    records = ((dns_name(SERVICE), PTR, 1, name), (name, SRV, 0x8001, host), (name, TXT, 0x8001, text))
+    out = number.to_bytes(2, "big") + b"\x84\0" + bytes((0, legacy, 0, len(records), 0, 0, 0, 0))
+    out += make_query()[12:] if legacy else b""
+    for owner, kind, group, data in records:
+        group &= 1 if legacy else 0xFFFF  # a plain resolver knows no cache-flush bit
+        out += owner + b"".join(part.to_bytes(2, "big") for part in (kind, group, 0, 10 if legacy else 120, len(data))) + data
+    return out
+
+
+def _read_name(data: bytes, at: int) -> tuple[list[bytes], int]:
+    """(labels, where it goes on); ValueError for what is no name: too long, or a loop of pointers."""
+    labels: list[bytes] = []
+    end = 0
+    while len(labels) < 32:
+        size = data[at]
+        if size >= 192:
+            end = end or at + 2
+            to = int.from_bytes(data[at : at + 2], "big") & 0x3FFF
+            if to >= at:  # RFC 1035 §4.1.4: to what came before
+                break
+            at = to
+        elif size == 0:
+            return labels, end or at + 1
+        else:
+            labels.append(data[at + 1 : at + 1 + size])
+            at += 1 + size
+    raise ValueError("no name")
+
+
+def parse_mdns(data: bytes) -> tuple[bool, list[list[str]]]:
+    """Whether a packet asks for our service, and the texts of the services that it tells of. Of anything else, nothing."""
+    asks, texts = False, []
+    try:
+        counts = [int.from_bytes(data[at : at + 2], "big") for at in (4, 6, 8, 10)]
+        at = 12
+        for _ in range(min(counts[0], 16)):
+            labels, at = _read_name(data, at)
+            asks = asks or (not data[2] & 0x80 and tuple(map(bytes.lower, labels)) == SERVICE)
+            at += 4
+        for _ in range(min(sum(counts[1:]), 64)):
+            labels, at = _read_name(data, at)
+            kind, size = int.from_bytes(data[at : at + 2], "big"), int.from_bytes(data[at + 8 : at + 10], "big")
+            text, at = data[at + 10 : at + 10 + size], at + 10 + size
+            if kind == TXT and tuple(map(bytes.lower, labels[1:])) == SERVICE and at <= len(data):
+                strings = []
+                while text:
+                    strings.append(text[1 : 1 + text[0]].decode("ascii"))
+                    text = text[1 + text[0] :]
+                texts.append(strings)
+    except (ValueError, IndexError):
+        pass
+    return asks, texts
+
+
+def announced(group: bytes, node: str, places: Words) -> list[str]:
+    """The TXT strings of a node (docs/lan.md): a tag of the network, the node, its endpoints, a MAC over them."""
+    tag = blake2b(b"network", key=group, digest_size=4).hexdigest()
+    where = ",".join(places)
+    return [
+        f"n={tag}",
+        f"i={node}",
+        f"e={where}",
+        "m=" + blake2b(f"{node} {where}".encode(), key=group, digest_size=12).hexdigest(),
+    ]
+
+
+def verified(group: bytes, strings: Words) -> tuple[str, list[str]]:
+    """(node, endpoints) of TXT strings that somebody made who knows the group's key; ("", []) of any others."""
+    told = dict(each.partition("=")[::2] for each in strings)
+    try:
+        places = [endpoint(*split_endpoint(text)) for text in told.get("e", "").split(",")]
+        genuine = announced(group, told.get("i", ""), places)
+        return (told["i"], places) if same("".join(genuine), "".join(strings)) else ("", [])
+    except (ValueError, KeyError):
+        return "", []
+
+
 # --------------------
 # PLAN
 # --------------------
@@ -1350,7 +1451,7 @@ def candidates(record: Fields, place: Place) -> list[str]:
 
     A local address without proof that the LAN is the same comes last: tried in turn, only while there is no handshake.
     """
-    local, static = record.get("local", ""), record.get("static", "")
+    local, static = record.get("found") or record.get("local", ""), record.get("static", "")
     if static and not (place.local_only and is_public(split_endpoint(static)[0])) and within_reach(static, place):
         return [static]
     near = bool(local) and inside(split_endpoint(local)[0], place.subnets)
@@ -1375,9 +1476,9 @@ def apart(record: Fields, place: Place) -> str:
 
 
 def proven_local(record: Fields, place: Place) -> bool:
-    """Whether a peer is known to be in this LAN: on one of its subnets, and behind the same gateway."""
-    local = record.get("local", "")
-    same_lan = bool(place.lan) and record.get("lan") == place.lan
+    """Whether a peer is known to be in this LAN: on one of its subnets, and it answered there or is behind the same gateway."""
+    local = record.get("found") or record.get("local", "")
+    same_lan = bool(record.get("found")) or (bool(place.lan) and record.get("lan") == place.lan)
     return same_lan and bool(local) and inside(split_endpoint(local)[0], place.subnets)
 
 
@@ -1390,7 +1491,7 @@ def choose_endpoint(record: Fields, place: Place, live: str, fresh: bool, turn: 
     known = candidates(record, place)
     near = proven_local(record, place) and not record.get("static") and not place.local_only
     if fresh:
-        return record["local"] if near and not deaf else ""
+        return known[0] if near and not deaf else ""
     if near and deaf:
         known = [*known[1:], known[0]]
     if saved and not live and saved not in known and not place.local_only and not record.get("static"):
@@ -2529,6 +2630,93 @@ class Gateway:
 
 
 # --------------------
+# DISCOVER
+# --------------------
+# What is sent names nothing but keyed hashes, node ids and LAN endpoints. A record counts where its MAC is right; a handshake of
+# WireGuard's then proves it.
+
+MDNS = ("224.0.0.251", 5353)  # RFC 6762
+ASK_FOR = 0.25  # seconds
+ANNOUNCE_EVERY = 60.0  # seconds in which a check-in stays at most once, for a neighbour that looks for it
+
+
+def multicast_socket(own: str, port: int = 0) -> Any:
+    """A UDP socket that sends multicasts from an address; on port 5353 it hears them, beside others that do."""
+    sock = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)
+    interface = _socket.inet_aton(own)
+    sock.setsockopt(_socket.IPPROTO_IP, _socket.IP_MULTICAST_IF, interface)
+    sock.setsockopt(_socket.IPPROTO_IP, _socket.IP_MULTICAST_TTL, 255)
+    if port:
+        for option in (_socket.SO_REUSEADDR, getattr(_socket, "SO_REUSEPORT", _socket.SO_REUSEADDR)):
+            sock.setsockopt(_socket.SOL_SOCKET, option, 1)
+        sock.setsockopt(_socket.IPPROTO_IP, _socket.IP_ADD_MEMBERSHIP, _socket.inet_aton(MDNS[0]) + interface)
+        sock.bind((MDNS[0], port))
+    else:
+        sock.bind((own, 0))
+    return sock
+
+
+def ask_neighbours(addresses: Words, group: bytes) -> dict[str, str]:
+    """By node, its endpoint in a LAN of this machine, as it or somebody beside it says within ASK_FOR seconds."""
+    found: dict[str, str] = {}
+    for own in [text for text in addresses if "." in text]:
+        with contextlib.suppress(OSError), contextlib.closing(multicast_socket(own.split("/")[0])) as sock:
+            sock.sendto(make_query(int.from_bytes(os.urandom(2), "big")), MDNS)
+            end = time.monotonic() + ASK_FOR
+            while len(found) < 1000 and time.monotonic() < end:
+                sock.settimeout(max(0.01, end - time.monotonic()))
+                take_records(sock.recv(9000), group, [own], found)
+    return found
+
+
+def take_records(data: bytes, group: bytes, subnets: Words, found: dict[str, str]) -> None:
+    for strings in parse_mdns(data)[1]:
+        node, places = verified(group, strings)
+        here = [place for place in places if inside(split_endpoint(place)[0], subnets)]
+        if here:
+            found[node] = here[0]
+
+
+def be_there(own: Mapping[str, Told], heard: Callable[[str, str, str], None], addresses: Words, end: float) -> None:
+    """Answer for the nodes of this machine (by network) on its LANs until `end` (monotonic); `heard` is told of others' records:
+    network, node, endpoint.
+    """
+    import select
+
+    with contextlib.ExitStack() as stack:
+        socks = {}
+        for address in [text for text in addresses if "." in text]:
+            with contextlib.suppress(OSError):  # the address may be gone already
+                sock = stack.enter_context(contextlib.closing(multicast_socket(address.split("/")[0], MDNS[1])))
+                socks[sock.fileno()] = sock, address
+                for packet in (*own_records(own), make_query()):
+                    sock.sendto(packet, MDNS)
+        while socks and time.monotonic() < end:
+            for number in select.select(list(socks), (), (), max(0.0, end - time.monotonic()))[0]:
+                with contextlib.suppress(OSError):
+                    take_packet(own, heard, *socks[number])
+
+
+def own_records(own: Mapping[str, Told], number: int = 0, legacy: bool = False) -> list[bytes]:
+    told = [each for each in own.values() if each[2]]
+    texts = [(node, split_endpoint(places[0])[1], announced(group, node, places)) for group, node, places in told]
+    return [make_record(*each, number, legacy) for each in texts]
+
+
+def take_packet(own: Mapping[str, Told], heard: Callable[[str, str, str], None], sock: Any, address: str) -> None:
+    data, sender = sock.recvfrom(9000)
+    if parse_mdns(data)[0]:
+        legacy = sender[1] != MDNS[1]
+        for packet in own_records(own, int.from_bytes(data[:2], "big") * legacy, legacy):
+            sock.sendto(packet, sender if legacy else MDNS)
+    for network, (group, node, _) in own.items():
+        found: dict[str, str] = {}
+        take_records(data, group, [address], found)
+        for other in found.keys() - {node}:
+            heard(network, other, found[other])
+
+
+# --------------------
 # API
 # --------------------
 
@@ -3035,13 +3223,15 @@ class Node:
         mine = {text.split("/")[0] for text in self.place.subnets}
         for node, record in view.peers.items():
             key = record["key"]
+            found = self.memory.found.get(node, "")
+            record = {**record, "found": found} if found and inside(split_endpoint(found)[0], self.place.subnets) else record
             live = self._live.peers.get(key)
             waited = now - max(self.memory.waiting.get(key, now), self.memory.renewed.get(key, 0))
             turn = int(waited // TURN)
             resting = live is not None and bool(live.endpoint) and key not in self.memory.waiting
             where, saved = live.endpoint if live else "", view.endpoints.get(key, "")
             chosen = choose_endpoint(record, self.place, where, resting, turn, saved, now < self.memory.deaf.get(key, 0))
-            if turn and where == record.get("local"):  # no handshake came: the public one, for a while
+            if turn and where and where in (found, record.get("local")):  # no handshake came: the public one, for a while
                 self.memory.deaf[key] = now + DEAF
             spare = self._live.peers.get(record.get("spare", ""))
             if spare and spare.endpoint and not where:
@@ -3148,8 +3338,28 @@ class Node:
             self.context.say(f"{self.config.network}: {warning}")
         self.memory.warned[kind] = warnings
 
+    def _lost(self) -> list[str]:
+        """Nodes that should be found in this LAN and have no handshake."""
+        me, waiting = self.memory.view.me, self.memory.waiting
+        near = (record for record in self.others() if me.get("local") or (self.place.lan and record.get("lan") == self.place.lan))
+        now = time.monotonic()
+        return [record["id"] for record in near if now - waiting.get(record["key"], now) > 5]
+
+    def _seek(self) -> None:
+        """Ask the LAN for nodes that are lost in it."""
+        group, lost = self.memory.view.me.get("group", ""), self._lost()
+        answers = ask_neighbours(self.place.subnets, unb64(group)) if group and lost and not self.run.dry else {}
+        self.memory.found.update(answers)
+        self.memory.lonely = bool(group) and not {*lost} <= {*answers}
+
+    def neighbour(self) -> Told:
+        """What this node tells its LANs: the group's key, its id, its endpoints there."""
+        group, port = self.memory.view.me.get("group", ""), self.config.port
+        own = [text.split("/")[0] for text in self.system.subnets(self.system.links())]
+        return unb64(group), self.secret.node, [endpoint(address, port) for address in own] if group else []
+
     def _knock(self) -> None:
-        """Have WireGuard try again peers that it gave up, as it does after 90 s (REKEY_ATTEMPT_TIME) where no packet waits for one.
+        """Have WireGuard try again peers that it gave up: after 90 s (REKEY_ATTEMPT_TIME) it does where no packet waits for one.
 
         So it is with those that are relayed. A keepalive that is set anew makes a packet.
         """
@@ -3239,6 +3449,7 @@ class Node:
         self._clock(max((os.path.getmtime(path) for path in files if os.path.exists(path)), default=0.0), "its own files'")
         self.read()
         lapse(self.memory, self.memory.view, time.monotonic())
+        self._seek()
         self.apply(self.memory.view)
         self._knock()
         if afresh:
@@ -3991,6 +4202,7 @@ def follow_host(context: Context, options: Options) -> None:
 def cmd_checkin(context: Context, options: Options) -> ExitStatus:
     """checkin, and two that do more: pull takes all anew, push tells all anew."""
     need_root(options.verb)
+    began = time.monotonic()
     afresh, retell = bool(options.force) or options.verb == "pull", options.verb == "push"
     outcome = ExitStatus.OK
     if options.server_data:
@@ -4010,7 +4222,48 @@ def cmd_checkin(context: Context, options: Options) -> ExitStatus:
                 context.say(f"{network}: {bad}" if not str(bad).startswith(network + ":") else str(bad))
                 outcome = ExitStatus.FAILED
         names = waiting
+    if options.verb == "checkin" and not context.run.dry:
+        stay_for_neighbours(context, began)
     return outcome
+
+
+STAY = 12.0  # seconds from its start that a check-in stays at most: the next one comes after 15
+
+
+def stay_for_neighbours(context: Context, began: float) -> None:
+    """Where a neighbour is lost and none answers, be there for it for a while, so that two that only check in find each other."""
+    lonely = [name for name in context.paths.networks() if _loaded(read_text(context.paths.of("memory", name))).get("lonely")]
+    stamp = context.paths.run + "/announced"
+    last = read_text(stamp).strip()
+    if not lonely or (last.isdigit() and 0 <= began - int(last) < ANNOUNCE_EVERY):
+        return
+    held = context.files.lock(stamp + ".lock")
+    if held is None:
+        return
+    try:
+        context.files.volatile(stamp, "%d" % began)
+        listen(context, began + STAY)
+    finally:
+        os.close(held)
+
+
+def listen(context: Context, end: float) -> None:
+    """Answer in the LANs for this machine's nodes until `end` (monotonic); check in where a lost neighbour is heard of."""
+    own: dict[str, Told] = {}
+    for network in context.paths.networks():
+        with contextlib.suppress(NetclientError):
+            node = Node.load(context, network)
+            if node.memory.view.me.get("group"):
+                own[network] = node.neighbour()
+
+    def heard(network: str, other: str, place: str) -> None:
+        with contextlib.suppress(NetclientError):
+            memory = Node.load(context, network).memory
+            key = memory.view.peers.get(other, {}).get("key", "")
+            if key in memory.waiting and memory.found.get(other) != place:
+                check_in(context, network)
+
+    be_there(own, heard, list(context.system.subnets(context.system.links())) if own else [], end)
 
 
 def show_json(listed: Sequence[Any]) -> ExitStatus:
@@ -4164,6 +4417,7 @@ def cmd_daemon(context: Context, options: Options) -> ExitStatus:
     signal.signal(signal.SIGHUP, lambda *_: again.set())
     context.files.volatile(context.paths.run + "/daemon.pid", "%d\n" % os.getpid())
     watchers: dict[str, threading.Thread] = {}
+    threading.Thread(target=announce, args=(context, stop), daemon=True).start()
     follower = Follower(context, options) if options.server_data else None
     while not stop.is_set():
         again.clear()
@@ -4175,6 +4429,15 @@ def cmd_daemon(context: Context, options: Options) -> ExitStatus:
                 watchers[network].start()
         again.wait(HOST_EVERY if follower else None)
     return ExitStatus.OK
+
+
+def announce(context: Context, stop: threading.Event) -> None:
+    """Be there for neighbours as long as the daemon runs; the addresses are read anew now and then."""
+    while not stop.is_set():
+        began = time.monotonic()
+        with contextlib.suppress(NetclientError, OSError):
+            listen(context, began + ANNOUNCE_EVERY)
+        stop.wait(max(0.0, began + ANNOUNCE_EVERY / 2 - time.monotonic()))  # where there is no LAN
 
 
 HOST_EVERY = 1.0  # seconds between two looks at a server's host.json

@@ -511,6 +511,7 @@ class ServerKey:
         self._box = nacl.secret.SecretBox(self._derived(b"netmaker-lite access keys"))
         self._challenges = self._derived(b"netmaker-lite challenges")
         self._hosts = self._derived(b"netmaker-lite hosts")
+        self._groups = self._derived(b"netmaker-lite groups")
 
     @classmethod
     def load(cls, path: str) -> ServerKey:
@@ -550,6 +551,10 @@ class ServerKey:
     def host_secret(self, network: str) -> bytes:
         """The access key's secret by which the server's own host joins a network."""
         return blake2b(network.encode(), key=self._hosts, digest_size=32).digest()
+
+    def group(self, network: str) -> str:
+        """By which the nodes of a network know each other in a LAN: all of them hear it, nobody else."""
+        return b64(blake2b(network.encode(), key=self._groups, digest_size=16).digest())
 
     def challenge(self, node: str, number: str, address: str) -> str:
         """What only somebody can know who gets our answers at that address."""
@@ -1578,25 +1583,35 @@ class Cut(NamedTuple):
     instead: str = ""
 
 
-def signature_notes(source: str) -> Iterator[Cut]:
-    """The annotations of functions: nobody reads them when a program runs."""
+def notes(source: str) -> Iterator[Cut]:
+    """The annotations: nobody reads them when a program runs. Those of fields in classes have to be there, but say nothing."""
     lines = source.splitlines(keepends=True)
 
-    def column(row: int, offset: int) -> int:
-        return len(lines[row - 1].encode()[:offset].decode())  # ast counts bytes
+    def place(row: int, offset: int) -> tuple[int, int]:
+        return row, len(lines[row - 1].encode()[:offset].decode())  # ast counts bytes
 
-    for node in ast.walk(ast.parse(source)):
+    def end(node: Any) -> tuple[int, int]:
+        return place(node.end_lineno, node.end_col_offset)
+
+    tree = ast.parse(source)
+    fields = {each for node in ast.walk(tree) if isinstance(node, ast.ClassDef) for each in node.body}
+    for node in ast.walk(tree):
         if isinstance(node, ast.arg) and node.annotation:
-            row, end = node.lineno, (node.end_lineno or 0, column(node.end_lineno or 0, node.end_col_offset or 0))
-            yield Cut((row, column(row, node.col_offset) + len(node.arg)), end)
+            row, column = place(node.lineno, node.col_offset)
+            yield Cut((row, column + len(node.arg)), end(node))
         elif isinstance(node, ast.FunctionDef) and node.returns:
-            row = node.returns.lineno
-            start = lines[row - 1].rindex(" -> ", 0, column(row, node.returns.col_offset))
-            yield Cut((row, start), (node.returns.end_lineno or 0, column(row, node.returns.end_col_offset or 0)))
+            row, column = place(node.returns.lineno, node.returns.col_offset)
+            yield Cut((row, lines[row - 1].rindex(" -> ", 0, column)), end(node.returns))
+        elif isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            yield Cut(place(node.lineno, node.col_offset), end(node))
+        elif isinstance(node, ast.AnnAssign) and node in fields:
+            yield Cut(place(node.annotation.lineno, node.annotation.col_offset), end(node.annotation), "0")
+        elif isinstance(node, ast.AnnAssign) and node.value:
+            yield Cut(end(node.target), end(node.annotation))
 
 
 def slim(source: str) -> str:
-    """A program without comments, docstrings, annotations, blank lines, each level of indentation one blank: what machines get.
+    """A program without comments, docstrings, annotations and blanks that nothing needs: what machines get.
 
     A router's flash is small and its Python compiles slowly; who reads the source has the repository. The first comment lines
     (interpreter, licence) stay.
@@ -1608,6 +1623,8 @@ def slim(source: str) -> str:
     cuts = [Cut(start, end) for kind, start, end in spots if kind == tokenize.COMMENT and start[0] > head]
     inside = {row for _, start, end in spots for row in range(start[0] + 1, end[0] + 1)}  # lines that begin within a string
     spots = [spot for spot in spots if spot[0] != tokenize.COMMENT]
+    pairs = zip(spots, spots[1:])  # beside an operator no blank is needed
+    gaps = [Cut(one[2], two[1]) for one, two in pairs if one[2][0] == two[1][0] and tokenize.OP in (one[0], two[0])]
     depths: dict[int, int] = {}  # of the lines that begin a statement
     depth, before = 0, tokenize.NEWLINE
     for (kind, start, end), after, last in zip(spots, spots[1:], spots[2:]):
@@ -1617,13 +1634,29 @@ def slim(source: str) -> str:
             if kind == tokenize.STRING and after[0] == tokenize.NEWLINE:  # a block cannot be empty
                 cuts.append(Cut(start, end, '""' if last[0] == tokenize.DEDENT else ""))
         before = kind
-    for (row, column), (end_row, end_column), instead in sorted([*cuts, *signature_notes(source)], reverse=True):
+    cuts = sorted([*cuts, *notes(source)])
+    starts = [cut.start for cut in cuts]
+    for gap in gaps:
+        before_it = bisect.bisect_right(starts, gap.start) - 1
+        if gap.start < gap.end and (before_it < 0 or cuts[before_it].end <= gap.start):
+            cuts.append(gap)
+    for (row, column), (end_row, end_column), instead in sorted(cuts, reverse=True):
         lines[row - 1 : end_row] = [lines[row - 1][:column] + instead + lines[end_row - 1][end_column:], *[""] * (end_row - row)]
         inside.difference_update(range(row + 1, end_row + 1))
-    kept = [(row, line if row + 1 in inside else line.rstrip() + "\n") for row, line in enumerate(lines, 1)]
-    return "".join(
-        line if row in inside else " " * depths.get(row, 0) + line.lstrip() for row, line in kept if line.strip() or row in inside
-    )
+    out: list[str] = []
+    for row, line in enumerate(lines, 1):
+        whole = line if row + 1 in inside else line.rstrip() + "\n"
+        bare = whole if row in inside else whole.lstrip()
+        if (
+            bare
+            and row > head
+            and row not in depths
+            and row not in inside
+            and (out[-1][-2:-1] in ("(", "[", "{") or bare[0] in ")]}")
+        ):
+            out[-1] = out[-1][:-1]  # a bracket needs no line of its own
+        out += [" " * depths.get(row, 0) + bare] if bare else []
+    return "".join(out)
 
 
 def install_script(template: str, agent_bytes: bytes) -> str:
@@ -1815,6 +1848,7 @@ class Members:
     def __init__(self, store: Store, nameserver: str = "", clock: Callable[[], float] = time.time) -> None:
         self.store, self.clock = store, clock
         self.own = {"nameserver": nameserver} if nameserver else {}
+        self.group: Callable[[str], str] | None = None  # see ServerKey.group
         self.port = 0  # by which nodes of a hub network reach this server through their tunnel; 0: by none
         self.meshes: dict[str, Mesh] = {}
         self.nodes: dict[str, Member] = {}
@@ -2009,16 +2043,20 @@ class Members:
             if row.state == ACTIVE and mesh.state.names > max(since, 0):
                 parts.append(b'"names":' + mesh.names)
             if max(row.own_changed, mesh.state.settings) > since:
-                parts.append(b'"me":' + dump({**own_settings(row, mesh.state, member.clients), **self.own}))
+                parts.append(b'"me":' + dump(self._own(row, mesh, member)))
             left = {**self._instants(mesh, mesh.members), **self._direct(row)}
             if left:
                 parts.append(b'"in":' + dump(left))
             return b",".join(parts) + b"}"
 
+    def _own(self, row: NodeState, mesh: Mesh, member: Member) -> dict[str, Any]:
+        group = {} if mesh.state.hub or not self.group else {"group": self.group(mesh.state.id)}
+        return {**own_settings(row, mesh.state, member.clients), **self.own, **group}
+
     def _from_hub(self, mesh: Mesh, member: Member) -> bytes:
         """What a node of a hub network hears, always whole: of the hub, and of itself."""
         hub = mesh.host
-        me = {**own_settings(member.row, mesh.state, member.clients), **self.own}
+        me = self._own(member.row, mesh, member)
         if hub and self.port:
             me["server"] = "http://" + endpoint(hub.row.ip or hub.row.ip6, self.port)
         shown = [each for each in (hub, member) if each]

@@ -648,6 +648,7 @@ class Agents:
     def __init__(self, core: Core, sight: Sight) -> None:
         self.core, self.sight = core, sight
         self.members = Members(core.store, core.store.meta("nameserver"), lambda: core.clock())
+        self.members.group = core.key.group
         self.bell = Bell(core.settings["POLL_LIMIT"])
         self.failures = Failures(20, 20 / 60)
         self.interval = core.settings["CHECKIN_INTERVAL"]
