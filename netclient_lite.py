@@ -889,6 +889,7 @@ PEERS_AT_ONCE = 4000  # in one `wg set`: some 200 bytes each
 DEAF = 3600.0  # seconds until a local address that did not answer is tried before the public ones again
 SWITCH_AFTER = 0.3  # seconds by which a node changes its key later than all others
 SWITCH_WITHIN = 3.0  # seconds in which its handshake follows, or the others go back
+DIRECT = "direct:"  # before a node in `in` of an answer: when it needs no relay any more
 LONGEST = 900.0  # seconds that a change of a key may be ahead
 TURN = 20.0  # seconds an endpoint candidate is tried before the next: four handshake attempts (REKEY_TIMEOUT 5 s)
 
@@ -1052,6 +1053,7 @@ class Memory(Kept):
     rx: dict[str, list[int]] = {}
     deaf: dict[str, float] = {}  # by key: until when its local address is not tried first
     waiting: dict[str, float] = {}  # by key: since when without a handshake
+    renewed: dict[str, float] = {}  # by key: when there was something new to try meanwhile
     kept: dict[str, float] = {}  # by node: until when, after a restore
     switch: dict[str, float] = {}  # by node: when its key changes
     passed: dict[str, int] = {}  # by old key: its last handshake when the new one took over
@@ -1209,6 +1211,7 @@ RECORD: dict[str, Callable[[Any], Any]] = {
     "ip": lambda text: check_address(text, 4),
     "ip6": lambda text: check_address(text, 6),
     "ips": lambda texts: [str(ipaddress.ip_network(str(text))) for text in texts],
+    "via": str,
     **dict.fromkeys(("static", "at", "seen", "local", "local6"), lambda text: endpoint(*split_endpoint(text))),
 }
 
@@ -1262,6 +1265,7 @@ def parse_me(me: Any) -> Row:
     if me.get("ingress"):
         clean["clients"] = parse_clients(me["ingress"], [clean[width] for width in ("range", "range6") if width in clean])
     clean["deny"] = [str(node) for node in me.get("deny", ())]
+    clean["relayed"] = {str(node): str(relay) for node, relay in me.get("relayed", {}).items()}
     clean["interface"] = check_interface(me.get("interface") or "nm-")
     clean["forward"] = me.get("forward") is True
     if me.get("egress"):
@@ -1403,21 +1407,39 @@ def allowed_ips(record: Fields) -> list[str]:
     return own + list(record.get("ips", ()))
 
 
-def guarded(view: View, node: str, keep_out: Words) -> tuple[dict[str, frozenset[str]], list[str]]:
-    """Allowed IPs by node: no address owned twice, no range that swallows one of `keep_out` (server, endpoints, own LAN).
+def carrier(view: View, node: str, other: str) -> str:
+    """The peer to which what belongs to another goes: itself, the relay of either, or "" for nobody (docs/protocol.md)."""
+    peers, deny = view.peers, view.me.get("deny", ())
+    own = peers[node].get("via", "") if node in peers else ""
+    via = peers[other].get("via", "")
+    chosen = view.me.get("relayed", {}).get(other, "")
+    if own in peers:
+        found = own
+    elif via in peers and via != node:
+        found = via
+    else:
+        found = chosen if chosen in peers and chosen != node else other
+    return "" if other in deny or found in deny else found
 
-    Returns them with a sentence for each range left out.
+
+def guarded(view: View, node: str, keep_out: Words) -> tuple[dict[str, frozenset[str]], list[str]]:
+    """Allowed IPs by peer: no address owned twice, no range that swallows one of `keep_out` (server, endpoints, own LAN).
+
+    Returns them with a sentence for each range left out. A node that is relayed for this one alone stays a peer, with none.
     """
     owner: dict[str, str] = {}
     warnings = []
-    kept: dict[str, frozenset[str]] = {}
+    kept: dict[str, list[str]] = {}
     homes = [ipaddress.ip_network(view.me[width]) for width in ("range", "range6") if view.me.get(width)]
     out = [(text, ipaddress.ip_network(text, strict=False)) for text in keep_out]  # once: there may be thousands
     for other in sorted(view.peers):
         record = view.peers[other]
-        if other == node or other in view.me.get("deny", ()):
+        peer = "" if other == node else carrier(view, node, other)
+        if not peer:
             continue
-        mine = []
+        if peer == view.me.get("relayed", {}).get(other):
+            kept.setdefault(other, [])
+        mine = kept.setdefault(peer, [])
         for text in allowed_ips(record):
             reason = _unfit(text, homes, out)
             if not reason and owner.setdefault(text, other) != other:
@@ -1426,8 +1448,7 @@ def guarded(view: View, node: str, keep_out: Words) -> tuple[dict[str, frozenset
                 warnings.append("{} of {} is left out: {}".format(text, record["name"], reason))
             else:
                 mine.append(text)
-        kept[other] = frozenset(mine)
-    return kept, warnings
+    return {peer: frozenset(mine) for peer, mine in kept.items()}, warnings
 
 
 def _within(network: Any, homes: Sequence[Any]) -> bool:
@@ -2776,7 +2797,7 @@ def watch(memory: Memory, actual: Actual, wall: float, now: float) -> set[str]:
             memory.waiting.setdefault(key, now)
         elif rx != live.rx:  # without keepalives a tunnel that nobody uses is silent
             memory.waiting.pop(key, None)
-    for known in (memory.waiting, memory.rx):
+    for known in (memory.waiting, memory.renewed, memory.rx):
         for past in set(known) - set(actual.peers):
             del known[past]
     return fresh
@@ -2992,6 +3013,13 @@ class Node:
             if patience < left <= LONGEST or self.run.dry:
                 return
             del memory.switch[node]
+            if node.startswith(DIRECT):  # from a relay back to the direct way, both ends at one instant
+                time.sleep(max(0.0, left))
+                memory.view.me["relayed"].pop(node[len(DIRECT) :], None)
+                self.read()
+                self.apply(memory.view)
+                self.save_memory()
+                continue
             record = memory.view.peers.get(node, {})
             over = record.get("moved", "spare" not in record) or record["key"] in memory.passed
             if left > LONGEST or (not self.spare if own else over):
@@ -3034,7 +3062,7 @@ class Node:
         for node, record in view.peers.items():
             key = record["key"]
             live = self._live.peers.get(key)
-            waited = now - self.memory.waiting.get(key, now)
+            waited = now - max(self.memory.waiting.get(key, now), self.memory.renewed.get(key, 0))
             turn = int(waited // TURN)
             resting = live is not None and bool(live.endpoint) and key not in self.memory.waiting
             where, saved = live.endpoint if live else "", view.endpoints.get(key, "")
@@ -3150,6 +3178,19 @@ class Node:
             self.context.say(f"{self.config.network}: {warning}")
         self.memory.warned[kind] = warnings
 
+    def _knock(self) -> None:
+        """Have WireGuard try again peers that it gave up, as it does after 90 s (REKEY_ATTEMPT_TIME) where no packet waits for one.
+
+        So it is with those that are relayed. A keepalive that is set anew makes a packet.
+        """
+        now, live = time.monotonic(), self._live.peers
+        silent = [key for key, since in self.memory.waiting.items() if now - since > 90 and self._tried(key)]
+        words: list[str] = []
+        for key in sorted(key for key in silent if not live[key].allowed):
+            words += ["peer", key, "persistent-keepalive", "0", "peer", key, "persistent-keepalive", str(live[key].keepalive)]
+        if words:
+            self.run.apply([Step(("wg", "set", self.config.interface, *words), TRY)])
+
     def _await_interface(self) -> None:
         end = time.monotonic() + 5
         while not self.run.dry:
@@ -3229,6 +3270,7 @@ class Node:
         self.read()
         lapse(self.memory, self.memory.view, time.monotonic())
         self.apply(self.memory.view)
+        self._knock()
         if afresh:
             self.counters.word = "-"
         data = self._opened(handed) if handed is not None and handed.status == 200 else None
@@ -3264,6 +3306,9 @@ class Node:
         keeping_keys(before, after, self._live.peers)
         memory.switch = parse_switch(data.get("in"), self.heard)
         memory.passed = memory.passed if memory.switch else {}
+        for node in [node for node, at in memory.switch.items() if node.startswith(DIRECT) and at <= self.heard]:
+            after.me.get("relayed", {}).pop(node[len(DIRECT) :], None)
+            del memory.switch[node]
         if before.incarnation not in ("-", after.incarnation):  # a restored server knows older ones
             memory.facts, memory.seen, memory.mute = {}, {}, {}
         refused = memory.rejected.get("word") == after.word
@@ -3275,7 +3320,7 @@ class Node:
         self._check_clash(after)
         for node, record in after.peers.items():
             if before.peers.get(node) != record and record["key"] in memory.waiting:
-                memory.waiting[record["key"]] = time.monotonic()  # something new to try
+                memory.renewed[record["key"]] = time.monotonic()
         risky = [(roles(each), each.me.get("dns"), each.me.get("nameserver")) for each in (before, after)]
         if before.me and not refused and (risky[0] != risky[1] or cuts_off(self._live, self._wanted_routes(after))):
             memory.trial = before.values()
@@ -3349,7 +3394,8 @@ class Node:
     def finish(self, done: bool = True) -> None:
         """Write down when the next full check is due (after a failure at once), and what the machine looks like."""
         now, memory = time.monotonic(), self.memory
-        hurry = any(now - since < HOPELESS for key, since in memory.waiting.items() if self._tried(key))
+        tried = (max(since, memory.renewed.get(key, 0)) for key, since in memory.waiting.items() if self._tried(key))
+        hurry = any(now - since < HOPELESS for since in tried)
         unsettled = hurry or self.late or now < memory.unsettled or memory.trial is not None or bool(memory.switch)
         self.counters.due = now + CHECK_EVERY if done and not unsettled else 0
         self.counters.interface = self.config.interface
@@ -4034,6 +4080,34 @@ def table(head: Words, rows: Sequence[Words]) -> str:
 NEVER = LivePeer("", "", frozenset(), 0, 0, 0, 0)  # a peer that is not there
 
 
+REASONS = {  # of an endpoint in use
+    **{"static": "set by hand", "at": "seen by other nodes", "seen": "seen by the server", "local": "same LAN"},
+    "local6": "its own IPv6 address",
+}
+
+
+def path_to(node: Node, record: Fields, live: LivePeer) -> Row:
+    """How this node reaches another: path, the relay's name, and why."""
+    view, own = node.memory.view, node.secret.node
+    peer = carrier(view, own, record["id"])
+    if peer not in ("", record["id"]):
+        relay = view.peers[peer]
+        why = (
+            "an administrator's choice"
+            if record["id"] not in view.me.get("relayed", {})
+            else "no handshake between them for a minute"
+        )
+        path = "relayed" if relay["key"] in node.fresh else "none"
+        return {"path": path, "via": relay["name"], "why": why}
+    if not peer:
+        return {"path": "none", "via": "", "why": "kept apart by an administrator"}
+    if record["key"] not in node.fresh:
+        return {"path": "none", "via": "", "why": apart(record, node.place)}
+    near = live.endpoint == record.get("local") and live.endpoint not in (record.get("seen"), record.get("at"))
+    why = next((text for kind, text in REASONS.items() if record.get(kind) == live.endpoint), "where its packets come from")
+    return {"path": "local" if near else "direct", "via": "", "why": why}
+
+
 def status_of(node: Node) -> Row:
     """What `status --json` says of one network; ages in seconds, last_exchange in unix seconds."""
     now, wall, view = time.monotonic(), time.time(), node.memory.view
@@ -4041,14 +4115,11 @@ def status_of(node: Node) -> Row:
     peers = []
     for record in node.others():
         live = actual.peers.get(record["key"], NEVER)
-        near = live.endpoint == record.get("local") and live.endpoint not in (record.get("seen"), record.get("at"))
         peers.append(
             {
                 **{"name": record["name"], "public_key": record["key"], "address": address_of(record)},
                 "endpoint": live.endpoint,
-                "path": ("local" if near else "direct") if record["key"] in node.fresh else "none",
-                "via": "",
-                "why": apart(record, node.place) if record["key"] not in node.fresh else "",
+                **path_to(node, record, live),
                 "handshake_age": max(0, int(wall) - live.handshake) if live.handshake else None,
                 **{"rx": live.rx, "tx": live.tx},
             }
@@ -4096,9 +4167,9 @@ def cmd_status(context: Context, options: Options) -> ExitStatus:
         ):
             age = "%d s ago" % peer["handshake_age"] if peer["handshake_age"] is not None else "never"
             traffic = "{} / {}".format(amount(peer["rx"]), amount(peer["tx"]))
-            rows.append(("  " + peer["name"], peer["address"], peer["path"], peer["endpoint"] or "-", age, traffic))
-        print(table(("  PEER", "ADDRESS", "PATH", "ENDPOINT", "HANDSHAKE", "RECEIVED / SENT"), rows), end="")
-        print("".join("  {name} cannot be called: {why}\n".format(**peer) for peer in entry["peers"] if peer["why"]), end="")
+            path = peer["path"] + (" via " + peer["via"] if peer.get("via") else "")
+            rows.append(("  " + peer["name"], peer["address"], path, peer["endpoint"] or "-", age, traffic, peer.get("why", "")))
+        print(table(("  PEER", "ADDRESS", "PATH", "ENDPOINT", "HANDSHAKE", "RECEIVED / SENT", "WHY"), rows), end="")
     if not listed:
         print("no network is joined")
     return ExitStatus.OK

@@ -542,8 +542,8 @@ def flags_of(settings: Iterable[Setting]) -> Iterable[Argument]:
         yield arg("--" + each.short, field=each.field, help=each.help, **value)
 
 
-def targets(field: str, what: str, kind: str, help: str) -> Argument:
-    return arg("targets", field=field, metavar=what + "…|off", kind=kind + "=off", nargs="+", help=help + "; off: none")
+def targets(field: str, what: str, kind: str, help: str, nargs: str = "+") -> Argument:
+    return arg("targets", field=field, metavar=what + "…|off", kind=kind + "=off", nargs=nargs, help=help + "; off: none")
 
 
 COMMANDS = (
@@ -677,8 +677,10 @@ COMMANDS = (
         "node relay",
         "let it carry the traffic of nodes that others cannot reach, or no longer",
         f"POST {NODE_PATH}/createrelay | DELETE {NODE_PATH}/deleterelay",
-        (*ON_NODE, targets("relayaddrs", "PEER", "node", "nodes to relay")),
-        lambda answer, args: ["node %s relays %s" % (args.node, "no node" if is_off(args) else ", ".join(args.targets))],
+        (*ON_NODE, targets("relayaddrs", "PEER", "node", "nodes to relay; none: pairs that need it, by themselves", "*")),
+        lambda answer, args: [
+            "node %s relays %s" % (args.node, "no node" if is_off(args) else ", ".join(args.targets) or "pairs that need it")
+        ],
     ),
     # ---- who may know whom
     Command(

@@ -45,6 +45,9 @@ import tokenize
 from functools import lru_cache, partial
 from hashlib import blake2b, sha256
 from typing import (
+    AbstractSet as Set,
+)
+from typing import (
     Any,
     Callable,
     Container,
@@ -705,6 +708,7 @@ class Node(peewee.Model):
     ingress = peewee.BooleanField(default=False)
     relay = peewee.BooleanField(default=False)
     via = _text()  # the node that relays it
+    relayed = _text()  # {peer: [relay, since when or until when]} as JSON: pairs that had no handshake, see RELAYS; both have it
     deny = _text()  # nodes that it must not know, each with a comma after it; they have it in theirs
     mac = _text()
     postup = _text()
@@ -894,6 +898,7 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
     3: (
         "ALTER TABLE node ADD COLUMN local6 TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE node ADD COLUMN host BOOLEAN NOT NULL DEFAULT 0",
+        "ALTER TABLE node ADD COLUMN relayed TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE network ADD COLUMN hub BOOLEAN NOT NULL DEFAULT 0",
     ),
 }
@@ -1304,6 +1309,7 @@ class NodeState(NamedTuple):
     relay: bool = False
     via: str = ""
     deny: str = ""
+    relayed: str = ""
     local6: str = ""
     next_key: str = ""
     refresh: str = ""
@@ -1328,7 +1334,7 @@ RECORD_COLUMNS = frozenset((
 ))  # fmt: skip
 OWN_COLUMNS = frozenset((
     "name", "ip", "ip6", "port", "keepalive", "mtu", "dns", "forwarding", "punch", "is_local", "egress", "ingress", "relay",
-    "deny", "refresh",
+    "deny", "refresh", "relayed",
 ))  # fmt: skip
 
 
@@ -1391,6 +1397,11 @@ def record(node: NodeState, network: NetworkState, clients: Iterable[ClientState
     return dump({name: value for name, value in fields.items() if value})
 
 
+def pairs_of(relayed: str) -> dict[str, tuple[str, int]]:
+    """That column of a node: by peer, the relay between them, and when both go direct again (0: not yet)."""
+    return {peer: (relay, until) for peer, (relay, until) in json.loads(relayed or "{}").items()}
+
+
 def own_settings(node: NodeState, network: NetworkState, clients: Iterable[ClientState] = ()) -> dict[str, Any]:
     """`me`: what only the node itself hears. From `dns` on only where they are not the default."""
     fields: dict[str, Any] = {
@@ -1418,6 +1429,7 @@ def own_settings(node: NodeState, network: NetworkState, clients: Iterable[Clien
         "ingress": node.ingress and {"clients": [{k: v for k, v in each._asdict().items() if v} for each in clients]},
         "forward": bool(node.ingress or node.relay or node.host) and not network.hub,
         "deny": node.deny.split(",")[:-1],
+        "relayed": {peer: relay for peer, (relay, _) in pairs_of(node.relayed).items()},
         "localrange": network.local_range,
     }
     return {**fields, **{name: value for name, value in roles.items() if value}}
@@ -1476,6 +1488,64 @@ def next_refresh(node: NodeState, now: float, lead: int, here: bool, heard: bool
     if node.refresh == SILENT:
         return (QUEUED, int(now)) if here and age > TRY_AGAIN else None
     return (SILENT, int(now)) if age > (2 * lead + 30 if node.refresh == SWITCHING else PATIENCE) else None
+
+
+class Standing(NamedTuple):
+    """A node as the choice of relays sees it."""
+
+    here: bool  # seen within two intervals
+    relay: bool  # it may carry others' traffic, and has set itself up for that
+    apart: frozenset[str]  # nodes that it must not know
+    relayed: Mapping[str, tuple[str, int]]
+
+
+Pair = tuple[str, str]  # two nodes, the lesser id first
+
+
+def next_relays(
+    nodes: Mapping[str, Standing], alive: Set[Pair], mute: Set[Pair], now: int, lead: int
+) -> dict[Pair, tuple[str, int] | None]:
+    """What changes between pairs: the relay and when both go direct again (0: not yet); None: no relay any more (SPEC, §10).
+
+    alive, mute: pairs of (observer, node) with a fresh handshake, and without one although the observer sends.
+    """
+
+    def both(pairs: Set[Pair], one: str, other: str) -> bool:
+        return (one, other) in pairs and (other, one) in pairs
+
+    def fits(relay: str, pair: Pair) -> bool:
+        standing = nodes.get(relay)
+        if standing is None or not (standing.here and standing.relay) or relay in pair or standing.apart & {*pair}:
+            return False
+        return all((end, relay) in alive or (relay, end) in alive for end in pair)
+
+    load = dict.fromkeys((node for node, standing in nodes.items() if standing.relay), 0)
+    held = {(one, other): ways for one in nodes for other, ways in nodes[one].relayed.items() if one < other}
+    for relay, _ in held.values():
+        load[relay] = load.get(relay, 0) + 1
+    changes: dict[Pair, tuple[str, int] | None] = {}
+    for pair in sorted({*held, *((one, other) for one, other in mute if one < other)}):
+        one, other = pair
+        known = one in nodes and other in nodes
+        kept = known and other not in nodes[one].apart
+        relay, until = held.get(pair, ("", 0))
+        if relay and (not kept or (until and now > until + lead)):
+            changes[pair] = None
+        elif relay and until:
+            continue
+        elif relay and both(alive, one, other):
+            changes[pair] = (relay, now + lead)
+        elif kept and not (relay and fits(relay, pair)) and (relay or both(mute, one, other)):
+            if relay and not (nodes[one].here and nodes[other].here):
+                continue  # who is away reports nothing: it is as it was when they come back
+            fit = [each for each in load if fits(each, pair)] if nodes[one].here and nodes[other].here else []
+            best = min(fit, key=lambda each: (load[each], each), default="")
+            if best:
+                changes[pair] = (best, 0)
+                load[best] += 1
+            elif relay:
+                changes[pair] = None
+    return changes
 
 
 def free_port(wanted: int, taken: Iterable[int]) -> int:
@@ -1676,6 +1746,7 @@ class Mesh:
         self.log: list[tuple[int, str]] = []  # (counter, node) in order, for deltas
         self.gone: dict[str, int] = {}
         self.refreshing: set[str] = set()  # nodes that are at the refresh of their key
+        self.relayed: set[str] = set()  # nodes that have a relay to some peer
         self.tags: dict[int, str] = {}  # of words that this network has had
         self.blobs: dict[int, bytes] = {}  # since which counter → what all nodes share of the answer
         self.names = b""
@@ -1793,6 +1864,7 @@ class Members:
         member.clients = self._clients(row.id) if row.ingress else ()
         at_it = row.refresh not in ("", QUEUED) and row.state == ACTIVE
         (mesh.refreshing.add if at_it else mesh.refreshing.discard)(row.id)
+        (mesh.relayed.add if row.relayed and row.state == ACTIVE else mesh.relayed.discard)(row.id)
         return member
 
     def _clients(self, gateway: str) -> list[ClientState]:
@@ -1826,6 +1898,7 @@ class Members:
                         del self.places[address]
                 member.mesh.members.pop(node, None)
                 member.mesh.refreshing.discard(node)
+                member.mesh.relayed.discard(node)
                 if member.mesh.host is member:
                     member.mesh.host = None
 
@@ -1936,7 +2009,7 @@ class Members:
                 parts.append(b'"names":' + mesh.names)
             if max(row.own_changed, mesh.state.settings) > since:
                 parts.append(b'"me":' + dump({**own_settings(row, mesh.state, member.clients), **self.own}))
-            left = self._instants(mesh, mesh.members)
+            left = {**self._instants(mesh, mesh.members), **self._direct(row)}
             if left:
                 parts.append(b'"in":' + dump(left))
             return b",".join(parts) + b"}"
@@ -1957,6 +2030,11 @@ class Members:
         rows = [mesh.members[node].row for node in list(mesh.refreshing) if node in shown and node in mesh.members]
         times = {each.id: each.refresh_at - self.clock() for each in rows if each.refresh == SWITCHING}
         return {node: round(seconds, 2) for node, seconds in times.items() if seconds > -60}  # not of a restored database
+
+    def _direct(self, row: NodeState) -> dict[str, float]:
+        """Seconds until this node needs no relay to a peer any more."""
+        ends = {peer: until for peer, (_, until) in pairs_of(row.relayed).items() if until} if row.relayed else {}
+        return {agent.DIRECT + peer: round(until - self.clock(), 2) for peer, until in ends.items()}
 
     def dirty(self) -> list[tuple[int, int, int, int, str]]:
         """What is to be written behind; marked as written."""
@@ -3026,6 +3104,35 @@ def create_relay(core: Core, node: Row, others: Sequence[str]) -> Row:
         return {"relay": True}
 
     return _arrange(core, node, "node relay", work)
+
+
+def set_relays(core: Core, network: str, changes: Mapping[Pair, tuple[str, int] | None]) -> None:
+    """Have pairs go through a relay, or no longer; nothing else of the network may change meanwhile."""
+
+    def build() -> Batch | None:
+        owner = core.store.get(Network.select().where(Network.id == network))
+        if owner is None:
+            return None
+        rows = {
+            row["id"]: row
+            for row in core.store.select(Node.select().where(Node.id << [*{each for pair in changes for each in pair}]))
+        }
+        known = {node: pairs_of(row["relayed"]) for node, row in rows.items() if row["state"] == ACTIVE}
+        for pair, chosen in changes.items():
+            for one, other in (pair, pair[::-1]):
+                if one in known and chosen and other in known:
+                    known[one][other] = chosen
+                elif one in known:
+                    known[one].pop(other, None)
+        batch = NetworkBatch(network, core.now)
+        batch.when("counter = ?", owner["counter"])
+        for node, pairs in known.items():
+            text = json.dumps(pairs, sort_keys=True) if pairs else ""
+            if text != rows[node]["relayed"]:
+                batch.update("node", {"relayed": text, "own_changed": batch.counter}, LIVING, node)
+        return batch
+
+    core.store.change(build)
 
 
 def delete_role(core: Core, node: Row, role: str) -> Row:

@@ -150,6 +150,7 @@ from netmaker_core import (
     Session,
     Settings,
     SlowDown,
+    Standing,
     TooLarge,
     Unknown,
     User,
@@ -202,12 +203,14 @@ from netmaker_core import (
     networks,
     new_bearer,
     next_refresh,
+    next_relays,
     nobody,
     nodes,
     observed_endpoint,
     one_of,
     open_core,
     own_urls,
+    pairs_of,
     picture_of,
     refresh_key,
     refresh_keys,
@@ -225,6 +228,7 @@ from netmaker_core import (
     set_name,
     set_network,
     set_node,
+    set_relays,
     start_refresh,
     step_refresh,
     sweep,
@@ -889,6 +893,8 @@ class Agents:
         if source != row.source:
             concerned.add(row.id)
         self.settle(member.mesh, concerned)
+        if told.mute or (told.seen and member.mesh.relayed):
+            self.relay(member.mesh)
 
     def _checked(self, node: Row, values: Row) -> Row:
         """The columns with what follows from them; Clash where another machine speaks for the node."""
@@ -1018,6 +1024,38 @@ class Agents:
             mesh = self.members.mesh(network)
             if mesh is not None:
                 self.refresh(mesh)
+
+    # ---- relays
+
+    def relay(self, mesh: Mesh) -> None:
+        """Have pairs without a handshake go through a relay, and those that have one again go direct."""
+        sql = "SELECT observer, node FROM observed WHERE network = ? AND endpoint %s ''"
+        mute = {(one, other) for one, other in self.core.store.rows(sql % "=", (mesh.state.id,)) if one in mesh.members}
+        if not (mesh.relayed or mute) or mesh.state.hub or mesh.state.is_local:
+            return
+        now, interval = self.core.clock(), mesh.state.interval or self.interval
+        active = {node: member for node, member in list(mesh.members.items()) if member.row.state == ACTIVE}
+        alive = {(one, other) for one, other in self.core.store.rows(sql % "!=", (mesh.state.id,)) if one in active}
+        nodes = {node: self._standing(member, now, interval) for node, member in active.items() if not member.row.via}
+        lead = 5 if all(now - active[node].parked <= 2 * interval for node in mesh.relayed if node in active) else interval + 5
+        changes = next_relays(nodes, alive, mute, int(now), lead)
+        if changes:
+            set_relays(self.core, mesh.state.id, changes)
+            self.members.prove(mesh)
+
+    @staticmethod
+    def _standing(member: Member, now: float, interval: int) -> Standing:
+        row = member.row
+        here = now - max(member.seen, member.parked) <= 2 * interval
+        ready = member.have < 0 or member.have >= row.own_changed  # not known: since before this server started
+        apart = frozenset(row.deny.split(",")[:-1])
+        return Standing(here, bool(row.relay or row.host) and ready, apart, pairs_of(row.relayed))
+
+    def relay_due(self) -> None:
+        """What has become of relays meanwhile."""
+        for mesh in list(self.members.meshes.values()):
+            if mesh.relayed and self.members.prove(mesh):
+                self.relay(mesh)
 
     # ---- look
 
@@ -2105,10 +2143,14 @@ def delete_network(call: Call) -> Any:
 
 def graph(call: Call) -> Any:
     """Who sees whom, as the nodes last reported it."""
-    shown = [call.show(row) for row in nodes(call.core, call.path["n"])]
+    rows = nodes(call.core, call.path["n"])
     links = call.core.store.rows("SELECT observer, node, endpoint FROM observed WHERE network = ?", (call.network["id"],))
     ends = [{"from": one, "to": other, "endpoint": place, "handshake": bool(place)} for one, other, place in links]
-    return {"nodes": [{name: row[name] for name in ("id", "name", "address", "status")} for row in shown], "links": ends}
+    relays = [
+        {"from": row["id"], "to": peer, "via": relay} for row in rows for peer, (relay, _) in pairs_of(row["relayed"]).items()
+    ]
+    names = ("id", "name", "address", "status")
+    return {"nodes": [{name: row[name] for name in names} for row in map(call.show, rows)], "links": ends, "relayed": relays}
 
 
 # ---- access keys
@@ -2628,6 +2670,7 @@ PROBLEM = shape("Message error", "Code")
 OBJECTS: dict[str, Row] = {
     "Graph": shape(
         "", nodes=list_of(shape("id name address status")), links=list_of(shape("from to endpoint", handshake=KINDS["truth"])),
+        relayed=list_of(shape("from to via")),
     ),
     "Config": shape(
         "APIConnString APIHost APIPort MasterKey AllowedOrigin RestBackend AgentBackend Database CheckinInterval Version "
@@ -2930,6 +2973,7 @@ class Housekeeping:
                 self.agents.flush,
                 self.agents.settle_due,
                 self.agents.refresh_due,
+                self.agents.relay_due,
                 partial(sweep, core),
                 partial(forget_audit, core),
                 self.push_names,

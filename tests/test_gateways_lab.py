@@ -63,6 +63,7 @@ def test_two_opened_lans_behind_routers_that_drop(lab: Lab) -> None:
     homes = [lab.router("home1", "203.0.113.21"), lab.router("home2", "203.0.113.22", lan="192.168.100.0/24")]
     tvs = [lab.site("tv1", homes[0]), lab.site("tv2", homes[1])]
     for number, (home, tv) in enumerate(zip(homes, tvs)):
+        home.write("/proc/sys/net/ipv6/conf/all/forwarding", "0")  # its own network has IPv4 only
         home.run("ip", "-6", "addr", "add", f"fd07:{number}::1/64", "dev", "br-lan", "nodad")
         tv.run("ip", "-6", "addr", "add", f"fd07:{number}::10/64", "dev", "eth0", "nodad")
         tv.run("ip", "-6", "route", "add", "default", "via", f"fd07:{number}::1")

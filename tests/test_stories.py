@@ -344,5 +344,5 @@ def calm(member: Member) -> None:
     """Let the time pass in which a node looks at its machine at every check-in: the agent's memory is on its tmpfs."""
     path = "/var/run/netclient/demo.memory"
     memory = json.loads(member.host.read(path))
-    member.host.write(path, json.dumps({**memory, "unsettled": 0}))
+    member.host.write(path, json.dumps({**memory, "unsettled": 0, "named": 0}))
     member.checkin()
