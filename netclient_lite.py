@@ -594,9 +594,7 @@ def check_network(name: str) -> str:
     folded = name.lower()
     # one with an empty label would end a nameserver; .tmp: a file half written
     if not re.fullmatch(r"(?!.*\.(?:\.|tmp$|$))[a-z0-9][a-z0-9._-]{0,11}", folded):
-        raise Invalid(
-            f"{name!r} is no network name: 1-12 letters, digits, '-', '_' and single dots inside, letter or digit first"
-        )
+        raise Invalid(f"{name!r} is no network name: 1-12 letters, digits, '-', '_', single dots inside; letter or digit first")
     if folded == "all":
         raise Invalid("a network cannot be called 'all': that word means every network")
     return folded
