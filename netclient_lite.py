@@ -594,8 +594,9 @@ def _original_token(fields: Fields) -> Token:
 def check_network(name: str) -> str:
     """A network's name, folded to lower case: 1-12 of letters, digits, `.`, `_`, `-`, a letter or digit first; not `all`."""
     folded = name.lower()
-    if not re.fullmatch(r"(?!.*\.tmp$)[a-z0-9][a-z0-9._-]{0,11}", folded):  # .tmp: a file half written
-        raise Invalid(f"{name!r} is no network name: 1 to 12 letters, digits, '.', '_' or '-', a letter or digit first")
+    # one with an empty label would end a nameserver; .tmp: a file half written
+    if not re.fullmatch(r"(?!.*\.(?:\.|tmp$|$))[a-z0-9][a-z0-9._-]{0,11}", folded):
+        raise Invalid(f"{name!r} is no network name: 1-12 letters, digits, '-', '_', single dots inside; letter or digit first")
     if folded == "all":
         raise Invalid("a network cannot be called 'all': that word means every network")
     return folded
@@ -1742,7 +1743,7 @@ def host_lines(view: View, network: str) -> list[str]:
     return sorted(f"{address} {name}.{network}" for address, name in found)
 
 
-BLOCK = re.compile(r"(?ms)^# netclient begin(,?)[^\n]*\n(.*?)^# netclient end\n")
+BLOCK = re.compile(r"(?ms)^# netclient begin(,?)[^\n]*\n(.*?)^# netclient end(?:\n|\Z)")
 
 
 def with_names(text: str, network: str, lines: Words) -> str:
@@ -1752,7 +1753,8 @@ def with_names(text: str, network: str, lines: Words) -> str:
         before, after = text[: block.start() - (block.group(1) == ",")], text[block.end() :]
     else:
         before, after = text, ""
-    held = [line for line in block.group(2).splitlines() if not line.endswith(f" # {network}")] if block else []
+    ours = re.compile(rf".* # {re.escape(network)}|# netclient begin.*")  # a second begin: somebody took the end away
+    held = [line for line in block.group(2).splitlines() if not ours.fullmatch(line)] if block else []
     held = sorted([*held, *(f"{line} # {network}" for line in lines)])
     if not held:
         return before + after
@@ -2083,11 +2085,11 @@ class Run:
 
 
 def read_exact(path: str) -> str:
-    """Every byte of a file, "" when it is not there."""
+    """Every byte of a file, "" when it is not there. OSError where it cannot be read: what is not known is not written anew."""
     try:
         with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
             return file.read()
-    except OSError:
+    except FileNotFoundError:
         return ""
 
 
@@ -2134,14 +2136,20 @@ class Files:
             self.keep(temporary, path)
         except OSError as bad:
             self._discard(temporary)
-            if bad.errno not in (errno.EBUSY, errno.EXDEV):
-                raise NetclientError(f"cannot write {path} ({bad.strerror}): the old file is untouched") from bad
-            self._put(path, text)
+            try:
+                if bad.errno not in (errno.EBUSY, errno.EXDEV, errno.EROFS):
+                    raise
+                self._put(path, text)
+            except OSError as worse:
+                raise NetclientError(f"cannot write {path} ({worse.strerror}): make it writable, or make room there") from worse
 
     @staticmethod
     def _put(path: str, text: str) -> None:
-        with open(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        """Write over what is there, so that a full disk costs no byte that stays the same."""
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        with os.fdopen(handle, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
             file.write(text)
+            file.truncate()
 
     def remove(self, path: str) -> None:
         if self.dry:
@@ -2401,22 +2409,33 @@ class Names:
     """The names of one network on this machine. `how`: dnsmasq (OpenWrt's), or hosts, with resolved or openresolv beside it."""
 
     def __init__(self, context: Context, network: str, interface: str) -> None:
-        self.run, self.files, self.paths = context.run, context.files, context.paths
+        self.run, self.files, self.root = context.run, context.files, context.paths.root
         self.network, self.interface = network, interface
-        folder = self.paths.root + "/tmp/hosts"  # noqa: S108 - OpenWrt's own, which its dnsmasq reads
-        self.openwrt = os.path.isdir(folder) and os.path.exists(self.paths.root + "/etc/openwrt_release")
-        self.place = f"{folder}/netclient-{network}" if self.openwrt else self.paths.root + "/etc/hosts"
+        self.hosts = self.root + "/etc/hosts"
+        folder = self.root + "/tmp/hosts"  # noqa: S108 - OpenWrt's own, which its dnsmasq reads
+        self.openwrt = os.path.isdir(folder) and os.path.exists(self.root + "/etc/openwrt_release")
+        self.place = f"{folder}/netclient-{network}" if self.openwrt else self.hosts
 
-    def text(self, lines: Words) -> tuple[str, str]:
-        """The hosts file as it is, and as it shall be."""
-        now = read_exact(self.place)
-        return now, "".join(line + "\n" for line in lines) if self.openwrt else with_names(now, self.network, lines)
+    def differing(self, lines: Words) -> dict[str, str]:
+        """The hosts files that shall say something else, with what."""
+        hosts, own = read_exact(self.hosts), "".join(line + "\n" for line in lines)
+        new = {self.hosts: (hosts, with_names(hosts, self.network, () if self.openwrt else lines))}
+        if self.openwrt:
+            new[self.place] = read_exact(self.place), own
+        return {path: after for path, (before, after) in new.items() if before != after}
 
-    def write(self, text: str) -> None:
-        if text:
-            self.files.edit(self.place, text)
-        else:
-            self.files.remove(self.place)
+    def write(self, lines: Words) -> None:
+        """Have the hosts files say these names."""
+        held = self.files.lock(self.root + "/var/run/netclient/.hosts", wait=True)  # other networks write there, too
+        try:
+            for path, text in self.differing(lines).items():
+                if text or path == self.hosts:
+                    self.files.edit(path, text)
+                else:
+                    self.files.remove(path)
+        finally:
+            if held is not None:
+                os.close(held)
         for folder in ("/var/run/", "/var/run/dnsmasq/"):  # it reads hosts files at its start, and when told
             for name in os.listdir(folder) if os.path.isdir(folder) and not self.run.dry else ():
                 pid = read_text(folder + name).strip() if re.fullmatch(r"dnsmasq.*\.pid", name) else ""
@@ -2425,17 +2444,20 @@ class Names:
 
     def clear(self) -> None:
         """Whatever this network has there goes."""
-        before, after = self.text(())
-        if before != after:
-            self.write(after)
-        self.run.apply(self.split("")[1])
+        try:
+            if self.differing(()):
+                self.write(())
+        finally:
+            self.run.apply(self.split("")[1])
 
     def split(self, nameserver: str) -> tuple[str, list[Step]]:
         """What has the resolver ask a nameserver for this network's names alone ("": no more): how it is called, the steps."""
         if os.path.isdir("/run/systemd/resolve") and self.run.has("resolvectl"):
-            return "resolved", self._resolved(nameserver)
+            said = [self._said("resolvectl", kind, self.interface) for kind in ("dns", "domain")]
+            if all(said):  # it runs
+                return "resolved", self._resolved(nameserver, [text.partition(":")[2].split() for text in said])
         if self.run.has("resolvconf") and "openresolv" in self._said("resolvconf", "--version"):
-            return "openresolv", self._openresolv(nameserver)
+            return self._openresolv(nameserver)
         return "", []
 
     def _said(self, *argv: str) -> str:
@@ -2444,26 +2466,28 @@ class Names:
         except CommandFailed:
             return ""
 
-    def _resolved(self, nameserver: str) -> list[Step]:
+    def _resolved(self, nameserver: str, have: list[list[str]]) -> list[Step]:
         """Per-link DNS, which goes with the interface."""
-        have = [self._said("resolvectl", kind, self.interface).partition(":")[2].split() for kind in ("dns", "domain")]
         if have == ([[nameserver], ["~" + self.network]] if nameserver else [[], []]):
             return []
         if not nameserver:
             return [Step(("resolvectl", "revert", self.interface), "ask no nameserver for names")]
-        orders = (("dns", nameserver), ("domain", "~" + self.network), ("default-route", "false"))
+        # the nameserver last: with no domain it would be asked for everything
+        orders = (("domain", "~" + self.network), ("default-route", "false"), ("dns", nameserver))
         why = f"ask {nameserver} for names in {self.network}"
         return [Step(("resolvectl", kind, self.interface, value), why) for kind, value in orders]
 
-    def _openresolv(self, nameserver: str) -> list[Step]:
-        """A private record: only for the domains in it, and not in resolv.conf."""
-        record = f"domain {self.network}\nnameserver {nameserver}\n" if nameserver else ""
+    def _openresolv(self, nameserver: str) -> tuple[str, list[Step]]:
+        """A private record, where a nameserver on this machine heeds it: else all it does is to rewrite resolv.conf."""
+        local = nameserver and re.search(r"LOCALNAMESERVERS=['\" ]*[0-9a-f:]", self._said("resolvconf", "-v"))
+        record = f"search {self.network}\nnameserver {nameserver}\n" if local else ""
         have = [line.strip() for line in self._said("resolvconf", "-l", self.interface).splitlines() if line[:1] not in ("#", "")]
         if have == record.splitlines():
-            return []
-        if not nameserver:
-            return [Step(("resolvconf", "-d", self.interface), "ask no nameserver for names")]
-        return [Step(("resolvconf", "-p", "-a", self.interface), f"ask {nameserver} for names in {self.network}", record)]
+            return "openresolv" * bool(record), []
+        if not record:
+            return "", [Step(("resolvconf", "-d", self.interface), "ask no nameserver for names")]
+        why = f"ask {nameserver} for names in {self.network}"
+        return "openresolv", [Step(("resolvconf", "-p", "-a", self.interface), why, record)]
 
 
 # --------------------
@@ -3314,21 +3338,25 @@ class Node:
         """Have this machine know the names that the view has. What fails here is said and stops nothing else."""
         memory, names = self.memory, Names(self.context, self.config.network, self.config.interface)
         lines = host_lines(view, self.config.network)
-        before, after = names.text(lines)
         nameserver = view.me.get("nameserver", "") if lines else ""
         steps: list[Step] = []
         failures: list[str] = []
+        how, now = "", time.monotonic()
         try:
-            now = time.monotonic()
-            self.late = before != after and not names.openwrt and 0 < memory.named <= now < memory.named + 60
-            if before != after and not self.late:  # flash is written once a minute
-                names.write(after)
+            differing = names.differing(lines)
+            self.late = names.hosts in differing and 0 < memory.named <= now < memory.named + 60
+            if differing and not self.late:  # flash is written once a minute
+                names.write(lines)
                 memory.named = now
-            how, steps = names.split(nameserver) if nameserver or memory.names not in ("", "hosts", "dnsmasq") else ("", [])
-            self.run.apply(steps)
-            memory.names = "" if not lines else how if nameserver and how else "dnsmasq" if names.openwrt else "hosts"
         except (NetclientError, OSError) as bad:
             failures.append(f"names are not as they should be: {bad}")
+        try:
+            if nameserver or memory.names not in ("", "hosts", "dnsmasq"):
+                how, steps = names.split(nameserver)
+            self.run.apply(steps)
+        except NetclientError as bad:
+            failures.append(f"no nameserver is asked for names: {bad}")
+        memory.names = "" if not lines else how if nameserver and how else "dnsmasq" if names.openwrt else "hosts"
         self._warn("names", failures)
         return steps
 
@@ -4381,7 +4409,8 @@ def cmd_status(context: Context, options: Options) -> ExitStatus:
         state = OUTSIDE.get(entry["state"], "")
         entry["up"] = ("" if entry["connected"] else " (down)") + (state and ", " + state)
         entry["where"] = " ".join(filter(None, (entry["address"], entry["address6"]))) or "(no address yet)"
-        print("{network}: {node}, {where} on {interface}{up}; {server}, {contact}, revision {revision}".format(**entry))
+        entry["known"] = entry["names"] and "; names: " + entry["names"]
+        print("{network}: {node}, {where} on {interface}{up}; {server}, {contact}, revision {revision}{known}".format(**entry))
         rows = []
         for peer in (
             *entry["peers"],

@@ -1719,12 +1719,11 @@ COREDNS_ZONES = """%s {
         reload 5s
         fallthrough
     }
-    file netmaker.zone
+    forward . /etc/resolv.conf
     errors
 }
 """
-# What CoreDNS says of names that are in no hosts file: its hosts plugin alone answers SERVFAIL, for want of an SOA.
-ZONE = "@ 60 IN SOA @ hostmaster 1 3600 600 86400 60\n@ 60 IN NS @\n"
+# A network may be called as a domain out there is (dev, cloud, home): what no node has is asked there. No cache: changes show.
 
 
 def corefile(networks: Iterable[str]) -> str:
@@ -2257,6 +2256,10 @@ def add_network(core: Core, name: str, values: Row) -> Row:
     def build() -> Batch:
         if core.store.row("SELECT 1 FROM network WHERE id = ?", (new["id"],)):
             raise Clash("there is a network %s already" % new["id"])
+        for other in networks(core):  # else an entry of the one could be a name of the other
+            short, long = sorted(("." + new["id"], "." + other["id"]), key=len)
+            if long.endswith(short):
+                raise Clash("%s would stand among the names of %s: choose another name" % (long[1:], short[1:]))
         _check_ranges(core, new)
         batch = ListBatch()
         batch.when("value = ?", core.store.meta("networks"))
@@ -3359,7 +3362,7 @@ def write_names(core: Core) -> None:
     folder = os.path.join(core.store.folder, "dnsconfig")
     os.makedirs(folder, mode=0o755, exist_ok=True)
     zones = corefile(row["id"] for row in networks(core))
-    texts = {"netmaker.hosts": hosts_file(each_name(core, "")), "netmaker.zone": ZONE, "Corefile": zones}
+    texts = {"netmaker.hosts": hosts_file(each_name(core, "")), "Corefile": zones}
     for name, text in texts.items():
         path = os.path.join(folder, name)
         if agent.read_text(path) != text:

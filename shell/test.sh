@@ -33,7 +33,14 @@ ip iproute2
 ping iputils-ping
 conntrack conntrack
 busybox busybox-static
+dnsmasq dnsmasq-base
+dbus-daemon dbus-daemon
 valgrind valgrind'
+
+# Packages that would take over this machine's resolver: they are unpacked beside the virtual environment's programs, and run in
+# the lab alone.
+PARTS='systemd-resolved openresolv resolvconf'
+COREDNS=github.com/coredns/coredns@v1.11.3
 
 fast=no
 passed=
@@ -131,6 +138,36 @@ need_tools() {
 	else
 		leave_out "what needs ${missing% } (not installed)"
 	fi
+}
+
+need_parts() { # unpacks PARTS into the virtual environment, as parts/PACKAGE
+	local part missing='' folder="$NM_TEST_VENV/parts"
+	for part in $PARTS; do
+		[ -d "$folder/$part" ] || missing="$missing $part"
+	done
+	[ -n "$missing" ] && have apt-get || return 0
+	say "fetching$missing"
+	quietly apt-get -q update || say "going on with the package lists that are here"
+	for part in $missing; do
+		mkdir -p "$folder/new"
+		if (cd "$folder/new" && quietly apt-get -q download "$part" && quietly dpkg -x "$part"_*.deb root); then
+			mv "$folder/new/root" "$folder/$part"
+		else
+			leave_out "what needs $part (it could not be fetched)"
+		fi
+		rm -rf "$folder/new"
+	done
+}
+
+need_coredns() { # built where Go is
+	local go
+	have coredns && return
+	for go in go /usr/local/go/bin/go; do
+		have "$go" || continue
+		say "building CoreDNS"
+		GOBIN=$(cd "$NM_TEST_VENV/bin" && pwd) quietly "$go" install -ldflags '-s -w' "$COREDNS" && return
+	done
+	leave_out "what needs CoreDNS (no Go here that builds it)"
 }
 
 lock_stamp() { # PYTHON: what a virtual environment was made from
@@ -319,6 +356,12 @@ main() {
 	*) PATH=$PWD/$NM_TEST_VENV/bin:$PATH ;;
 	esac
 	export PATH
+	case $steps:$(why_no_lab) in
+	*tests*:)
+		need_parts
+		need_coredns
+		;;
+	esac
 
 	for step in $steps; do
 		"step_$step" "$@"

@@ -205,13 +205,30 @@ def test_the_files_for_coredns(core):
     assert corefile.startswith("default {\n    hosts netmaker.hosts {\n") and "\n    reload " in corefile
     assert corefile.count("{") == corefile.count("}")
     before = {name: os.stat(os.path.join(folder, name)) for name in os.listdir(folder)}
-    assert {stat.S_IMODE(each.st_mode) for each in before.values()} == {0o644} and len(before) == 3
+    assert {stat.S_IMODE(each.st_mode) for each in before.values()} == {0o644} and len(before) == 2
     netmaker_core.set_network(core, "default", {"mtu": 1400})
     netmaker_core.write_names(core)
     after = {name: os.stat(os.path.join(folder, name)) for name in os.listdir(folder)}
     assert {name: (each.st_ino, each.st_mtime_ns) for name, each in before.items()} == {
         name: (each.st_ino, each.st_mtime_ns) for name, each in after.items()
     }
+
+
+def test_no_network_lies_among_the_names_of_another(core):
+    with pytest.raises(netmaker_core.Clash, match=r"b\.default would stand among the names of default"):
+        netmaker_core.add_network(core, "b.default", {"range": "10.77.0.0/24"})
+    netmaker_core.add_network(core, "ult", {"range": "10.77.0.0/24"})
+    netmaker_core.add_network(core, "lab.home", {"range": "10.78.0.0/24"})
+    with pytest.raises(netmaker_core.Clash, match=r"lab\.home would stand among the names of home"):
+        netmaker_core.add_network(core, "home", {"range": "10.79.0.0/24"})
+
+
+def test_a_network_called_as_a_domain_takes_nothing_from_it():
+    """What no node has is asked outside, as all else is."""
+    own, rest = netmaker_core.corefile(["dev"]).split("\n}\n. {\n")
+    for block in (own, rest):
+        assert "forward . /etc/resolv.conf" in block
+    assert "fallthrough" in own and "cache" not in own
 
 
 def test_no_network_is_no_zone():

@@ -60,7 +60,9 @@ servers = st.builds(
     st.sampled_from(("", ":8081", ":443")),
     st.sampled_from(("", "/mesh")),
 )
-networks = st.from_regex(r"[a-z0-9][a-z0-9._-]{0,11}", fullmatch=True).filter(lambda name: name != "all")
+networks = st.from_regex(r"[a-z0-9](\.?[a-z0-9_-]){0,5}", fullmatch=True).filter(
+    lambda name: name != "all" and name[-4:] != ".tmp"
+)
 access_keys = st.one_of(
     st.just(""),
     st.builds("{}.{}".format, st.text("abcdef0123456789", min_size=1, max_size=32), st.binary(min_size=16, max_size=64).map(b64)),
@@ -250,7 +252,7 @@ def test_an_original_token_that_names_nothing_usable_says_so(change):
         (
             check_network,
             ["a", "default", "A.b_c-1", "x" * 12, "0"],
-            ["", "x" * 13, "-a", ".a", "a b", "a/b", "ä", "all", "ALL", "a\n"],
+            ["", "x" * 13, "-a", ".a", "a.", "a..b", "a.tmp", "a b", "a/b", "ä", "all", "ALL", "a\n"],
         ),
         (check_name, ["a", "router-1", "X" * 62, "0"], ["", "x" * 63, "-a", "a-", "a.b", "a_b", "a b", "ä", "a\n"]),
         (
