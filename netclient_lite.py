@@ -1748,13 +1748,16 @@ BLOCK = re.compile(r"(?ms)^# netclient begin(,?)[^\n]*\n(.*?)^# netclient end(?:
 
 def with_names(text: str, network: str, lines: Words) -> str:
     """A hosts file with these names of a network and no others of it. One block for all networks; the rest stays as it is."""
+    inner, at = "", len(text)
     block = BLOCK.search(text)
-    if block:
-        before, after = text[: block.start() - (block.group(1) == ",")], text[block.end() :]
-    else:
-        before, after = text, ""
+    while block:  # more than one: somebody cut and pasted
+        start = block.start() - (block.group(1) == ",")
+        inner, at = inner + block.group(2), min(at, start)
+        text = text[:start] + text[block.end() :]
+        block = BLOCK.search(text)
+    before, after = text[:at], text[at:]
     ours = re.compile(rf".* # {re.escape(network)}|# netclient begin.*")  # a second begin: somebody took the end away
-    held = [line for line in block.group(2).splitlines() if not ours.fullmatch(line)] if block else []
+    held = [line for line in inner.splitlines() if not ours.fullmatch(line)]
     held = sorted([*held, *(f"{line} # {network}" for line in lines)])
     if not held:
         return before + after
