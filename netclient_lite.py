@@ -1053,6 +1053,7 @@ class Memory(Kept):
     rx: dict[str, list[int]] = {}
     deaf: dict[str, float] = {}  # by key: until when its local address is not tried first
     found: dict[str, str] = {}  # by node: its endpoint in this LAN, as it says there
+    homes: list[str] = []  # the own LAN addresses, when last looked at
     lonely: bool = False  # nodes are lost in the LAN, and nobody there knows of them
     waiting: dict[str, float] = {}  # by key: since when without a handshake
     renewed: dict[str, float] = {}  # by key: when there was something new to try meanwhile
@@ -3369,19 +3370,17 @@ class Node:
             self.context.say(f"{self.config.network}: {warning}")
         self.memory.warned[kind] = warnings
 
-    def _lost(self) -> list[str]:
-        """Nodes that should be found in this LAN and have no handshake."""
-        me, waiting = self.memory.view.me, self.memory.waiting
-        near = (record for record in self.others() if me.get("local") or (self.place.lan and record.get("lan") == self.place.lan))
-        now = time.monotonic()
-        return [record["id"] for record in near if now - waiting.get(record["key"], now) > 5]
-
     def _seek(self) -> None:
-        """Ask the LAN for nodes that are lost in it."""
-        group, lost = self.memory.view.me.get("group", ""), self._lost()
-        answers = ask_neighbours(self.place.subnets, unb64(group)) if group and lost and not self.run.dry else {}
-        self.memory.found.update(answers)
-        self.memory.lonely = bool(group) and not {*lost} <= {*answers}
+        """Ask the LAN for nodes that are lost in it: those without a handshake, and all of them when this machine has moved."""
+        memory, now, homes = self.memory, time.monotonic(), list(self.place.subnets)
+        moved, memory.homes = memory.homes not in ([], homes), homes
+        group, lan = memory.view.me.get("group", ""), self.place.lan
+        near = (each for each in self.others() if memory.view.me.get("local") or (lan and each.get("lan") == lan))
+        waiting = memory.waiting
+        lost = [each["id"] for each in near if moved or memory.lonely or now - waiting.get(each["key"], now) > 5]
+        answers = ask_neighbours(homes, unb64(group)) if group and lost and not self.run.dry else {}
+        memory.found.update(answers)
+        memory.lonely = bool(group) and not {*lost} <= {*answers}
 
     def neighbour(self) -> Told:
         """What this node tells its LANs: the group's key, its id, its endpoints there."""
@@ -4291,7 +4290,7 @@ def listen(context: Context, end: float) -> None:
         with contextlib.suppress(NetclientError):
             memory = Node.load(context, network).memory
             key = memory.view.peers.get(other, {}).get("key", "")
-            if key in memory.waiting and memory.found.get(other) != place:
+            if (memory.lonely or key in memory.waiting) and memory.found.get(other) != place:
                 check_in(context, network)
 
     be_there(own, heard, list(context.system.subnets(context.system.links())) if own else [], end)

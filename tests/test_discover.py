@@ -83,7 +83,7 @@ def test_machines_that_all_move_find_each_other_with_the_server_gone(lab: Lab) -
 
     renumber(100)
     with Cron(members):
-        wait_for(lambda: not one.host.ping(two.address, count=1).lost, 75, "two that only check in to find each other")
+        wait_for(lambda: not one.host.ping(two.address, count=1).lost, 45, "two that only check in to find each other")
     renumber(150)
     three.daemon()
     wait_for(
