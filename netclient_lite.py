@@ -3151,7 +3151,7 @@ class Node:
         self.memory.warned[kind] = warnings
 
     def _knock(self) -> None:
-        """Have WireGuard try again peers that it gave up, as it does after 90 s (REKEY_ATTEMPT_TIME) where no packet waits for one.
+        """Have WireGuard try again peers that it gave up, as it does after 90 s (REKEY_ATTEMPT_TIME) where no packet waits.
 
         So it is with those that are relayed. A keepalive that is set anew makes a packet.
         """

@@ -1633,7 +1633,7 @@ NODE_FIELDS = (
     Field("isrelayed", lambda row: bool(row["via"]), None, "flag"),
     Field("relayaddrs", lambda row: row.get("relayaddrs", []), None, "texts"),
     *(Field(name, name, check_hook) for name in ("postup", "postdown")),
-    Field("seenby", "", None, "object"),  # of one node only
+    *(Field(name, "", None, "object") for name in ("seenby", "relayed")),  # of one node only
     Field("isserver", "host", None, "flag"),
     Field("saveconfig", lambda row: False, None, "flag"),
     Field("pullchanges", lambda row: False, None, "flag"),
@@ -2224,7 +2224,11 @@ def new_node(call: Call) -> Any:
 def get_node(call: Call) -> Any:
     row = call.node
     sql = "SELECT node.name, observed.endpoint FROM observed JOIN node ON node.id = observed.observer WHERE observed.node = ?"
-    return {**call.show(row), "seenby": dict(call.core.store.rows(sql, (row["id"],)))}
+    names = dict(call.core.store.rows("SELECT id, name FROM node WHERE network = ?", (row["network"],)))
+    relayed = {
+        names[peer]: names[relay] for peer, (relay, _) in pairs_of(row["relayed"]).items() if {peer, relay} <= names.keys()
+    }
+    return {**call.show(row), "seenby": dict(call.core.store.rows(sql, (row["id"],))), "relayed": relayed}
 
 
 def put_node(call: Call) -> Any:

@@ -206,6 +206,8 @@ def test_a_pair_is_relayed_goes_direct_and_is_relayed_again(trio: Trio) -> None:
     assert not trio.is_relayed  # the relay has not heard of it
     trio.tick()
     assert trio.is_relayed and trio.relay.me["forward"] is True
+    row = trio.home.node(trio.one)
+    assert netmaker_core.pairs_of(row["relayed"]) == {trio.other.node: (trio.relay.node, 0)}
     before = trio.relay.have
     trio.tick()
     assert trio.relay.have == before  # nothing new, nothing said
