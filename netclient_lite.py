@@ -1507,19 +1507,21 @@ def allowed_ips(record: Fields) -> list[str]:
     return own + list(record.get("ips", ()))
 
 
+def by_hand(view: View, node: str, other: str) -> str:
+    """The peer to which what belongs to another goes by their records: the own relay, the other's, or itself."""
+    own = view.peers.get(node, {}).get("via", "")
+    via = view.peers[other].get("via", "")
+    return str(own if own in view.peers else via if via in view.peers and via != node else other)
+
+
 def carrier(view: View, node: str, other: str) -> str:
-    """The peer to which what belongs to another goes: itself, the relay of either, or "" for nobody (docs/protocol.md)."""
+    """The peer to which what belongs to another goes, also where the pair has a relay; "" for nobody (docs/protocol.md)."""
     peers, deny = view.peers, view.me.get("deny", ())
-    own = peers[node].get("via", "") if node in peers else ""
-    via = peers[other].get("via", "")
-    chosen = view.me.get("relayed", {}).get(other, "")
-    if own in peers:
-        found = own
-    elif via in peers and via != node:
-        found = via
-    else:
-        found = chosen if chosen in peers and chosen != node else other
-    return "" if other in deny or found in deny else found
+    found = by_hand(view, node, other)
+    relay = view.me.get("relayed", {}).get(found, "")
+    if relay not in peers or relay == node or peers.get(node, {}).get("via") == found or peers[found].get("via") == node:
+        relay = found
+    return "" if any(each in deny for each in (other, found, relay)) else str(relay)
 
 
 def guarded(view: View, node: str, keep_out: Words) -> tuple[dict[str, frozenset[str]], list[str]]:
@@ -1537,7 +1539,7 @@ def guarded(view: View, node: str, keep_out: Words) -> tuple[dict[str, frozenset
         peer = "" if other == node else carrier(view, node, other)
         if not peer:
             continue
-        if peer == view.me.get("relayed", {}).get(other):
+        if by_hand(view, node, other) == other:
             kept.setdefault(other, [])
         mine = kept.setdefault(peer, [])
         for text in allowed_ips(record):
@@ -3204,8 +3206,8 @@ class Node:
                 return
             del memory.switch[node]
             if node.startswith(DIRECT):  # from a relay back to the direct way, both ends at one instant
-                time.sleep(max(0.0, left))
-                memory.view.me["relayed"].pop(node[len(DIRECT) :], None)
+                time.sleep(min(max(0.0, left), patience))
+                memory.view.me.get("relayed", {}).pop(node[len(DIRECT) :], None)
                 self.read()
                 self.apply(memory.view)
                 self.save_memory()
@@ -3389,7 +3391,7 @@ class Node:
         return unb64(group), self.secret.node, [endpoint(address, port) for address in own] if group else []
 
     def _knock(self) -> None:
-        """Have WireGuard try again peers that it gave up: after 90 s (REKEY_ATTEMPT_TIME) it does where no packet waits for one.
+        """Have WireGuard try again peers that it gave up, as it does after 90 s (REKEY_ATTEMPT_TIME) where no packet waits.
 
         So it is with those that are relayed. A keepalive that is set anew makes a packet.
         """

@@ -42,6 +42,7 @@ import sys
 import threading
 import time
 import tokenize
+from collections import Counter
 from functools import lru_cache, partial
 from hashlib import blake2b, sha256
 from typing import (
@@ -879,6 +880,8 @@ Node.add_index(Node.index(Node.network, Node.state))
 Node.add_index(Node.index(Node.source))
 Lease.add_index(Lease.index(Lease.network, Lease.node, Lease.released))
 AccessKey.add_index(AccessKey.index(AccessKey.network, AccessKey.name, unique=True))
+MUTE = peewee.SQL("endpoint = ''")
+Observed.add_index(Observed.index(Observed.network, Observed.node, Observed.observer, where=MUTE, name="observed_mute"))
 Client.add_index(Client.index(Client.network, Client.name, unique=True))
 Client.add_index(Client.index(Client.network, Client.key, unique=True))
 Session.add_index(Session.index(Session.owner, Session.name))
@@ -1499,57 +1502,57 @@ class Standing(NamedTuple):
     """A node as the choice of relays sees it."""
 
     here: bool  # seen within two intervals
-    relay: bool  # it may carry others' traffic, and has set itself up for that
+    relay: bool  # it may carry others' traffic
     apart: frozenset[str]  # nodes that it must not know
     relayed: Mapping[str, tuple[str, int]]
+    ready: bool = True  # as a relay: it has set itself up for that
+    bound: bool = False  # its ways are chosen otherwise: it has a relay by hand, or its network takes none
 
 
 Pair = tuple[str, str]  # two nodes, the lesser id first
 
 
 def next_relays(
-    nodes: Mapping[str, Standing], alive: Set[Pair], mute: Set[Pair], now: int, lead: int
+    pairs: Iterable[Pair], nodes: Mapping[str, Standing], alive: Set[Pair], mute: Set[Pair], now: int, lead: int
 ) -> dict[Pair, tuple[str, int] | None]:
     """What changes between pairs: the relay and when both go direct again (0: not yet); None: no relay any more (SPEC, §10).
 
-    alive, mute: pairs of (observer, node) with a fresh handshake, and without one although the observer sends.
+    nodes: the pairs' own, and all that may be a relay or have one. alive, mute: pairs of (observer, node) with a fresh
+    handshake, and without one although the observer sends.
     """
 
-    def both(pairs: Set[Pair], one: str, other: str) -> bool:
-        return (one, other) in pairs and (other, one) in pairs
+    def both(found: Set[Pair], one: str, other: str) -> bool:
+        return (one, other) in found and (other, one) in found
 
     def fits(relay: str, pair: Pair) -> bool:
         standing = nodes.get(relay)
-        if standing is None or not (standing.here and standing.relay) or relay in pair or standing.apart & {*pair}:
+        if standing is None or not (standing.here and standing.relay) or standing.bound or relay in pair:
+            return False
+        if {*standing.apart, *standing.relayed} & {*pair}:  # a relay is no second one's
             return False
         return all((end, relay) in alive or (relay, end) in alive for end in pair)
 
-    load = dict.fromkeys((node for node, standing in nodes.items() if standing.relay), 0)
-    held = {(one, other): ways for one in nodes for other, ways in nodes[one].relayed.items() if one < other}
-    for relay, _ in held.values():
-        load[relay] = load.get(relay, 0) + 1
+    held = {(min(node, peer), max(node, peer)): way for node, standing in nodes.items() for peer, way in standing.relayed.items()}
+    load = Counter(relay for relay, _ in held.values())
     changes: dict[Pair, tuple[str, int] | None] = {}
-    for pair in sorted({*held, *((one, other) for one, other in mute if one < other)}):
+    for pair in sorted(pairs):
         one, other = pair
-        known = one in nodes and other in nodes
-        kept = known and other not in nodes[one].apart
         relay, until = held.get(pair, ("", 0))
-        if relay and (not kept or (until and now > until + lead)):
-            changes[pair] = None
-        elif relay and until:
-            continue
+        ends = [nodes[end] for end in pair if end in nodes]
+        if len(ends) < 2 or other in ends[0].apart or any(end.bound for end in ends):
+            if relay:
+                changes[pair] = None
+        elif until:
+            if now > until + lead:
+                changes[pair] = None
         elif relay and both(alive, one, other):
             changes[pair] = (relay, now + lead)
-        elif kept and not (relay and fits(relay, pair)) and (relay or both(mute, one, other)):
-            if relay and not (nodes[one].here and nodes[other].here):
-                continue  # who is away reports nothing: it is as it was when they come back
-            fit = [each for each in load if fits(each, pair)] if nodes[one].here and nodes[other].here else []
-            best = min(fit, key=lambda each: (load[each], each), default="")
-            if best:
-                changes[pair] = (best, 0)
-                load[best] += 1
-            elif relay:
-                changes[pair] = None
+        elif all(end.here for end in ends) and not fits(relay, pair) and (relay or both(mute, one, other)):
+            found = [each for each in nodes if nodes[each].ready and fits(each, pair)]
+            best = min(found, key=lambda each: (load[each], each), default="")
+            load[best] += 1
+            if best or relay:
+                changes[pair] = (best, 0) if best else None
     return changes
 
 
@@ -2840,7 +2843,7 @@ def _without_roles(batch: NetworkBatch, node: Row) -> Row:
     _set_free(batch, node)
     rest = {"deny": Expression("REPLACE(deny, ?, '')", (node["id"] + ",",)), "own_changed": batch.counter}
     batch.update("node", rest, "network = ? AND deny LIKE ?", node["network"], "%" + node["id"] + "%")
-    return {name: blank(Node)[name] for name in ("ip", "ip6", "egress", "via", "deny", "ingress", "relay")}
+    return {name: blank(Node)[name] for name in ("ip", "ip6", "egress", "via", "relayed", "deny", "ingress", "relay")}
 
 
 def _set_free(batch: NetworkBatch, relay: Row) -> None:
@@ -3151,22 +3154,18 @@ def set_relays(core: Core, network: str, changes: Mapping[Pair, tuple[str, int] 
         owner = core.store.get(Network.select().where(Network.id == network))
         if owner is None:
             return None
-        rows = {
-            row["id"]: row
-            for row in core.store.select(Node.select().where(Node.id << [*{each for pair in changes for each in pair}]))
-        }
-        known = {node: pairs_of(row["relayed"]) for node, row in rows.items() if row["state"] == ACTIVE}
+        before = dict(core.store.rows("SELECT id, relayed FROM node WHERE network = ? AND state != 'removed'", (network,)))
+        after = {end: pairs_of(before[end]) for pair in changes for end in pair if end in before}
         for pair, chosen in changes.items():
             for one, other in (pair, pair[::-1]):
-                if one in known and chosen and other in known:
-                    known[one][other] = chosen
-                elif one in known:
-                    known[one].pop(other, None)
+                if one in after:
+                    after[one].pop(other, None)
+                    after[one].update({other: chosen} if chosen and other in after else {})
         batch = NetworkBatch(network, core.now)
         batch.when("counter = ?", owner["counter"])
-        for node, pairs in known.items():
+        for node, pairs in after.items():
             text = json.dumps(pairs, sort_keys=True) if pairs else ""
-            if text != rows[node]["relayed"]:
+            if text != before[node]:
                 batch.update("node", {"relayed": text, "own_changed": batch.counter}, LIVING, node)
         return batch
 

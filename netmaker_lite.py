@@ -64,6 +64,7 @@ import threading
 import time
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import product
 from types import MappingProxyType
 from typing import (
     Any,
@@ -642,6 +643,13 @@ def unb64_of(text: str, size: int) -> bytes:
     return raw
 
 
+BOTH_MUTE = (  # pairs of a network, or of one of its nodes
+    "SELECT one.observer, one.node FROM observed AS one JOIN observed AS other ON other.network = one.network"
+    " AND other.node = one.observer AND other.observer = one.node AND other.endpoint = ''"
+    " WHERE one.network = ? AND one.endpoint = '' AND one.observer < one.node AND ? IN ('', one.observer, one.node)"
+)
+
+
 class Agents:
     """Everything that agents may ask for."""
 
@@ -894,8 +902,8 @@ class Agents:
         if source != row.source:
             concerned.add(row.id)
         self.settle(member.mesh, concerned)
-        if told.mute or (told.seen and member.mesh.relayed):
-            self.relay(member.mesh)
+        if told.mute or (told.seen and row.id in member.mesh.relayed):
+            self.relay(member.mesh, row.id)
 
     def _checked(self, node: Row, values: Row) -> Row:
         """The columns with what follows from them; Clash where another machine speaks for the node."""
@@ -1028,34 +1036,48 @@ class Agents:
 
     # ---- relays
 
-    def relay(self, mesh: Mesh) -> None:
-        """Have pairs without a handshake go through a relay, and those that have one again go direct."""
-        sql = "SELECT observer, node FROM observed WHERE network = ? AND endpoint %s ''"
-        mute = {(one, other) for one, other in self.core.store.rows(sql % "=", (mesh.state.id,)) if one in mesh.members}
-        if not (mesh.relayed or mute) or mesh.state.hub or mesh.state.is_local:
+    def relay(self, mesh: Mesh, node: str = "") -> None:
+        """Have pairs (those of a node, or all) without a handshake go through a relay, and direct again when they have one."""
+        members, store, network = mesh.members, self.core.store, mesh.state.id
+        held = {(one, other) for one in ([node] if node else list(mesh.relayed)) for other in pairs_of(members[one].row.relayed)}
+        pairs = {*store.rows(BOTH_MUTE, (network, node)), *((min(pair), max(pair)) for pair in held)}
+        if not pairs:
             return
+        ends = {end for pair in pairs for end in pair}
+        relays = {each for each, member in list(members.items()) if member.row.relay or member.row.host}
+        nodes = {each: self._standing(mesh, each) for each in {*ends, *relays, *mesh.relayed} if self._is_active(mesh, each)}
+        asked = {*pairs, *(pair[::-1] for pair in pairs), *product(ends, relays), *product(relays, ends)}
+        sql = "SELECT endpoint FROM observed WHERE network = ? AND observer = ? AND node = ?"
+        told = {pair: store.row(sql, (network, *pair)) for pair in asked}
+        alive = {pair for pair, found in told.items() if found and found[0]}
+        mute = {pair for pair, found in told.items() if found and not found[0]}
         now, interval = self.core.clock(), mesh.state.interval or self.interval
-        active = {node: member for node, member in list(mesh.members.items()) if member.row.state == ACTIVE}
-        alive = {(one, other) for one, other in self.core.store.rows(sql % "!=", (mesh.state.id,)) if one in active}
-        nodes = {node: self._standing(member, now, interval) for node, member in active.items() if not member.row.via}
-        lead = 5 if all(now - active[node].parked <= 2 * interval for node in mesh.relayed if node in active) else interval + 5
-        changes = next_relays(nodes, alive, mute, int(now), lead)
+        quick = all(now - members[end].parked <= 2 * interval for end in ends & nodes.keys())
+        changes = next_relays(pairs, nodes, alive, mute, int(now), 5 if quick else interval + 5)
         if changes:
-            set_relays(self.core, mesh.state.id, changes)
+            set_relays(self.core, network, changes)
             self.members.prove(mesh)
 
     @staticmethod
-    def _standing(member: Member, now: float, interval: int) -> Standing:
-        row = member.row
-        here = now - max(member.seen, member.parked) <= 2 * interval
+    def _is_active(mesh: Mesh, node: str) -> bool:
+        return node in mesh.members and mesh.members[node].row.state == ACTIVE
+
+    def _standing(self, mesh: Mesh, node: str) -> Standing:
+        member, now = mesh.members[node], self.core.clock()
+        row, interval = member.row, mesh.state.interval or self.interval
+        # a server that starts knows of nobody's silence
+        here = now - max(member.seen, member.parked, self.core.started) <= 2 * interval
         ready = member.have < 0 or member.have >= row.own_changed  # not known: since before this server started
+        bound = mesh.state.hub or mesh.state.is_local or self._is_active(mesh, row.via)
         apart = frozenset(row.deny.split(",")[:-1])
-        return Standing(here, bool(row.relay or row.host) and ready, apart, pairs_of(row.relayed))
+        return Standing(here, bool((row.relay or row.host) and row.forwarding), apart, pairs_of(row.relayed), ready, bound)
 
     def relay_due(self) -> None:
-        """What has become of relays meanwhile."""
-        for mesh in list(self.members.meshes.values()):
-            if mesh.relayed and self.members.prove(mesh):
+        """What time, other processes and an administrator have made of relays."""
+        sql = "SELECT network FROM observed WHERE endpoint = '' UNION SELECT network FROM node WHERE relayed != ''"
+        for (network,) in self.core.store.rows(sql):
+            mesh = self.members.mesh(network)
+            if mesh is not None:
                 self.relay(mesh)
 
     # ---- look
@@ -1612,7 +1634,7 @@ NODE_FIELDS = (
     Field("isrelayed", lambda row: bool(row["via"]), None, "flag"),
     Field("relayaddrs", lambda row: row.get("relayaddrs", []), None, "texts"),
     *(Field(name, name, check_hook) for name in ("postup", "postdown")),
-    Field("seenby", "", None, "object"),  # of one node only
+    *(Field(name, "", None, "object") for name in ("seenby", "relayed")),  # of one node only
     Field("isserver", "host", None, "flag"),
     Field("saveconfig", lambda row: False, None, "flag"),
     Field("pullchanges", lambda row: False, None, "flag"),
@@ -2203,7 +2225,11 @@ def new_node(call: Call) -> Any:
 def get_node(call: Call) -> Any:
     row = call.node
     sql = "SELECT node.name, observed.endpoint FROM observed JOIN node ON node.id = observed.observer WHERE observed.node = ?"
-    return {**call.show(row), "seenby": dict(call.core.store.rows(sql, (row["id"],)))}
+    names = dict(call.core.store.rows("SELECT id, name FROM node WHERE network = ?", (row["network"],)))
+    relayed = {
+        names[peer]: names[relay] for peer, (relay, _) in pairs_of(row["relayed"]).items() if {peer, relay} <= names.keys()
+    }
+    return {**call.show(row), "seenby": dict(call.core.store.rows(sql, (row["id"],))), "relayed": relayed}
 
 
 def put_node(call: Call) -> Any:

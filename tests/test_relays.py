@@ -36,8 +36,14 @@ ALIVE = {("a", "r"), ("b", "r")}
 HELD = {"a": {"relayed": {"b": ("r", 0)}}, "b": {"relayed": {"a": ("r", 0)}}}
 
 
+def asked(found: dict[str, Standing], mute: set[tuple[str, str]]) -> set[tuple[str, str]]:
+    """The pairs that are relayed, and those with a word of silence."""
+    held = ((one, other) for one, each in found.items() for other in each.relayed)
+    return {(min(pair), max(pair)) for pair in (*held, *mute)}
+
+
 def changes(found: dict[str, Standing], alive: set[tuple[str, str]], mute: set[tuple[str, str]], now: int = NOW) -> Any:
-    return next_relays(found, alive, mute, now, LEAD)
+    return next_relays(asked(found, mute), found, alive, mute, now, LEAD)
 
 
 def test_a_mute_pair_gets_a_relay_that_both_reach():
@@ -101,7 +107,7 @@ def meshes(draw):
     apart = {node: frozenset(other for other in NAMES if frozenset((node, other)) in denied) for node in NAMES}
     found = {node: standing(relay=node in relays, apart=apart[node]) for node in NAMES if node not in via}
     alive, mute = draw(pairs), draw(pairs)
-    chosen = next_relays(found, alive - mute, mute, NOW, LEAD)
+    chosen = next_relays(asked(found, mute), found, alive - mute, mute, NOW, LEAD)
     return apart, via, relays, chosen, mute
 
 
