@@ -4254,7 +4254,7 @@ def cmd_checkin(context: Context, options: Options) -> ExitStatus:
                 context.say(f"{network}: {bad}" if not str(bad).startswith(network + ":") else str(bad))
                 outcome = ExitStatus.FAILED
         names = waiting
-    if options.verb == "checkin" and not context.run.dry:
+    if options.verb == "checkin":
         stay_for_neighbours(context, began)
     return outcome
 
@@ -4264,6 +4264,8 @@ STAY = 12.0  # seconds from its start that a check-in stays at most: the next on
 
 def stay_for_neighbours(context: Context, began: float) -> None:
     """Where a neighbour is lost and none answers, be there for it for a while, so that two that only check in find each other."""
+    if context.run.dry:
+        return
     lonely = [name for name in context.paths.networks() if _loaded(read_text(context.paths.of("memory", name))).get("lonely")]
     stamp = context.paths.run + "/announced"
     last = read_text(stamp).strip()

@@ -541,14 +541,14 @@ def test_without_the_script_keys_come_without_the_line(
 def test_a_wheel_finds_the_script_where_it_lays_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = tmp_path / "lib/python3.11/site-packages/netclient_lite.py"
     script = tmp_path / "share/netmaker-lite/shell/install.sh"
-    for path, data in ((module, b"agent = 1\n"), (script, TEMPLATE.encode())):
+    for path, data in ((module, b"agent=1\n"), (script, TEMPLATE.encode())):
         path.parent.mkdir(parents=True)
         path.write_bytes(data)
     monkeypatch.setattr(agent, "__file__", str(module))
-    assert hashlib.sha256(b"agent = 1\n").hexdigest() in netmaker_core.client_files()["install.sh"].decode()
-    module.write_bytes(b"agent = 2\n")  # updated under a running server
+    assert hashlib.sha256(b"agent=1\n").hexdigest() in netmaker_core.client_files()["install.sh"].decode()
+    module.write_bytes(b"agent=2\n")  # updated under a running server
     os.utime(module, ns=(1, 1))
-    assert hashlib.sha256(b"agent = 2\n").hexdigest() in netmaker_core.client_files()["install.sh"].decode()
+    assert hashlib.sha256(b"agent=2\n").hexdigest() in netmaker_core.client_files()["install.sh"].decode()
 
 
 # -- on real WireGuard -----------------------------------------------------------------------------------------------------

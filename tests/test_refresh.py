@@ -536,6 +536,7 @@ def test_a_change_awaited_in_one_network_holds_no_other_up(monkeypatch: pytest.M
 
     monkeypatch.setattr(agent, "check_in", check_in)
     monkeypatch.setattr(agent, "need_root", lambda verb: None)
+    monkeypatch.setattr(agent, "stay_for_neighbours", lambda context, began: None)
     monkeypatch.setattr(agent, "chosen_networks", lambda context, options: ["a", "b", "c"])
     agent.cmd_checkin(None, agent.Options(verb="checkin", force=False, server_data=None))  # type: ignore[arg-type]
     assert calls == [("a", 0), ("b", 0), ("c", 0), ("a", agent.LONGEST), ("c", agent.LONGEST)]
