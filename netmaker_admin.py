@@ -1285,7 +1285,7 @@ def bash_case(command: Command) -> str:
     """One command for the script: its flags, each with the kind of its value, and the kinds of its places."""
     arguments = [*command.arguments, *common(command)]
     flags = [each.flags[0] + (":" + each.kind if "metavar" in each.options else "") for each in arguments if each.is_flag]
-    places = [each.kind + ("+" if each.options.get("nargs") == "+" else "") for each in arguments if not each.is_flag]
+    places = [each.kind + ("+" if each.options.get("nargs") in ("+", "*") else "") for each in arguments if not each.is_flag]
     pairs = " ".join(each.short + "=" for each in command.settings)
     parts = ["flags='%s --help'" % " ".join(flags), "places='%s'" % " ".join(places), "pairs='%s'" % pairs if pairs else ""]
     return "    '%s') %s ;;" % (command.words, " ".join(filter(None, parts)))
