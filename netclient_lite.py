@@ -891,6 +891,7 @@ SWITCH_AFTER = 0.3  # seconds by which a node changes its key later than all oth
 SWITCH_WITHIN = 3.0  # seconds in which its handshake follows, or the others go back
 DIRECT = "direct:"  # before a node in `in` of an answer: when it needs no relay any more
 LONGEST = 900.0  # seconds that a change of a key may be ahead
+MUTE = 57.0  # seconds without a handshake until the server hears of it: four check-ins, which are no clocks
 TURN = 20.0  # seconds an endpoint candidate is tried before the next: four handshake attempts (REKEY_TIMEOUT 5 s)
 
 
@@ -3002,7 +3003,7 @@ def report(
     node_of = {record["key"]: node for node, record in memory.view.peers.items()}
     seen = {node_of[key]: actual.peers[key].endpoint for key in fresh if key in node_of and actual.peers[key].endpoint}
     tried = {key for key, live in actual.peers.items() if live.tx and live.endpoint} | {*lone}
-    mute = {node_of[key]: True for key, since in memory.waiting.items() if key in node_of and key in tried and now - since > 60}
+    mute = {node_of[key]: True for key, since in memory.waiting.items() if key in node_of and key in tried and now - since > MUTE}
     told: Row = {
         "facts": {name: value for name, value in facts.items() if memory.facts.get(name) != value},
         "wishes": {name: value for name, value in wishes.items() if memory.wishes.get(name) != value},

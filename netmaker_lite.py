@@ -862,8 +862,9 @@ class Agents:
         """Everything that an exchange changes, in one transaction with its (epoch, sequence)."""
         core, row = self.core, member.row
         told = told or Exchange({}, {}, {}, False, False)
-        reports: dict[str, str | None] = {**told.seen}
-        reports.update({node: "" if mute else None for node, mute in told.mute.items()})
+        reports: dict[str, str | None] = dict.fromkeys((*told.seen, *told.mute))  # mute no more, and seen: both are told at once
+        reports.update({node: "" for node, mute in told.mute.items() if mute})
+        reports.update({node: place for node, place in told.seen.items() if place})
         roamed = self._roamed(member, told.seen) if row.host and member.mesh.state.hub else {}
 
         def build() -> Batch:

@@ -696,8 +696,8 @@ def test_a_peer_is_mute_when_we_send_for_a_minute_and_get_no_handshake():
     memory.view = view_of(record("a"))
     actual = actual_of(live("a", None, tx=148))
     fresh = watch(memory, actual, WALL, NOW)
-    assert report(memory, actual, fresh, {}, {}, NOW + 60) == {}
-    assert report(memory, actual, fresh, {}, {}, NOW + 61) == {"mute": {node_of("a"): True}}
+    assert report(memory, actual, fresh, {}, {}, NOW + 50) == {}
+    assert report(memory, actual, fresh, {}, {}, NOW + 60) == {"mute": {node_of("a"): True}}
     reported(memory, {"mute": {node_of("a"): True}})
     actual = actual_of(live("a", 1, rx=192))
     fresh = watch(memory, actual, WALL, NOW + 70)

@@ -211,9 +211,10 @@ def test_a_pair_is_relayed_goes_direct_and_is_relayed_again(trio: Trio) -> None:
     before = trio.relay.have
     trio.tick()
     assert trio.relay.have == before  # nothing new, nothing said
-    trio.one.exchange({"seen": {trio.other.node: "198.51.100.2:51821"}})
+    direct = {"seen": {trio.other.node: "198.51.100.2:51821"}, "mute": {trio.other.node: None}}  # at once, as agents tell it
+    trio.one.exchange(direct)
     assert "in" not in (trio.one.exchange().value or {})  # one end alone proves nothing
-    said = trio.other.exchange({"seen": {trio.one.node: "198.51.100.1:51821"}})
+    said = trio.other.exchange({"seen": {trio.one.node: "198.51.100.1:51821"}, "mute": {trio.one.node: None}})
     left = {trio.other: said["in"], trio.one: trio.one.exchange()["in"]}
     assert left == {trio.other: {agent.DIRECT + trio.one.node: 20}, trio.one: {agent.DIRECT + trio.other.node: 20}}
     assert trio.is_relayed  # until then
