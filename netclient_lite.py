@@ -1055,6 +1055,7 @@ class Memory(Kept):
     deaf: dict[str, float] = {}  # by key: until when its local address is not tried first
     found: dict[str, str] = {}  # by node: its endpoint in this LAN, as it says there
     homes: list[str] = []  # the own LAN addresses, when last looked at
+    moved: float = 0.0  # when they were others before
     lonely: bool = False  # nodes are lost in the LAN, and nobody there knows of them
     waiting: dict[str, float] = {}  # by key: since when without a handshake
     renewed: dict[str, float] = {}  # by key: when there was something new to try meanwhile
@@ -1492,7 +1493,7 @@ def choose_endpoint(record: Fields, place: Place, live: str, fresh: bool, turn: 
     with a handshake before a reboot; deaf: the local address did not answer. A fresh endpoint moves only into the same LAN.
     """
     known = candidates(record, place)
-    near = proven_local(record, place) and not record.get("static") and not place.local_only
+    near = proven_local(record, place) and not record.get("static") and ("found" in record or not place.local_only)
     if fresh:
         return known[0] if near and not deaf else ""
     if near and deaf:
@@ -3376,11 +3377,12 @@ class Node:
     def _seek(self) -> None:
         """Ask the LAN for nodes that are lost in it: those without a handshake, and all of them when this machine has moved."""
         memory, now, homes = self.memory, time.monotonic(), list(self.place.subnets)
-        moved, memory.homes = memory.homes not in ([], homes), homes
+        memory.moved = now if memory.homes not in ([], homes) else memory.moved
+        memory.homes = homes
         group, lan = memory.view.me.get("group", ""), self.place.lan
         near = (each for each in self.others() if memory.view.me.get("local") or (lan and each.get("lan") == lan))
-        waiting = memory.waiting
-        lost = [each["id"] for each in near if moved or memory.lonely or now - waiting.get(each["key"], now) > 5]
+        moved = 0 < memory.moved <= now < memory.moved + UNSETTLED  # old sessions may look alive for a minute
+        lost = [each["id"] for each in near if moved or now - memory.waiting.get(each["key"], now) > 5]
         answers = ask_neighbours(homes, unb64(group)) if group and lost and not self.run.dry else {}
         memory.found.update(answers)
         memory.lonely = bool(group) and not {*lost} <= {*answers}
@@ -4340,7 +4342,7 @@ NEVER = LivePeer("", "", frozenset(), 0, 0, 0, 0)  # a peer that is not there
 
 REASONS = {  # of an endpoint in use
     **{"static": "set by hand", "at": "seen by other nodes", "seen": "seen by the server", "local": "same LAN"},
-    "local6": "its own IPv6 address",
+    **{"local6": "its own IPv6 address", "found": "it answers in this LAN"},
 }
 
 
@@ -4350,19 +4352,16 @@ def path_to(node: Node, record: Fields, live: LivePeer) -> Row:
     peer = carrier(view, own, record["id"])
     if peer not in ("", record["id"]):
         relay = view.peers[peer]
-        why = (
-            "an administrator's choice"
-            if record["id"] not in view.me.get("relayed", {})
-            else "no handshake between them for a minute"
-        )
-        path = "relayed" if relay["key"] in node.fresh else "none"
-        return {"path": path, "via": relay["name"], "why": why}
+        by_itself = record["id"] in view.me.get("relayed", {})
+        why = "no direct handshake for a minute" if by_itself else "an administrator's choice"
+        return {"path": "relayed" if relay["key"] in node.fresh else "none", "via": relay["name"], "why": why}
     if not peer:
         return {"path": "none", "via": "", "why": "kept apart by an administrator"}
     if record["key"] not in node.fresh:
         return {"path": "none", "via": "", "why": apart(record, node.place)}
-    near = live.endpoint == record.get("local") and live.endpoint not in (record.get("seen"), record.get("at"))
-    why = next((text for kind, text in REASONS.items() if record.get(kind) == live.endpoint), "where its packets come from")
+    known = {**record, "found": node.memory.found.get(record["id"], "")}
+    near = live.endpoint in (known.get("local"), known["found"]) and live.endpoint not in (known.get("seen"), known.get("at"))
+    why = next((text for kind, text in REASONS.items() if known.get(kind) == live.endpoint), "where its packets come from")
     return {"path": "local" if near else "direct", "via": "", "why": why}
 
 
