@@ -3961,7 +3961,9 @@ def access_token(options: Options) -> Token:
     """What --token says and other flags add; else what --apiserver, -n, --key and --server-key make."""
     token = parse_token(options.token) if options.token else None
     if token is None and not (options.apiserver and options.network):
-        raise UsageError("join needs a token (-t TOKEN), or the server and the network (--apiserver HOST:PORT -n NET [-k KEY])")
+        raise UsageError(
+            f"{options.verb} needs a token (-t TOKEN), or the server and the network (--apiserver HOST:PORT -n NET [-k KEY])"
+        )
     servers, network = (token.servers, token.network) if token else ((), "")
     if options.network and options.network != "all":
         asked = check_network(options.network)
