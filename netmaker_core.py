@@ -58,6 +58,7 @@ from typing import (
     Mapping,
     NamedTuple,
     Sequence,
+    Tuple,
     Union,
 )
 
@@ -1509,7 +1510,7 @@ class Standing(NamedTuple):
     bound: bool = False  # its ways are chosen otherwise: it has a relay by hand, or its network takes none
 
 
-Pair = tuple[str, str]  # two nodes, the lesser id first
+Pair = Tuple[str, str]  # two nodes, the lesser id first
 
 
 def next_relays(
