@@ -324,7 +324,7 @@ def test_what_machines_get_fits_on_a_router():
 def as_plain(node: ast.stmt) -> ast.stmt:
     """`a: int = 1` as `a = 1`."""
     if isinstance(node, ast.AnnAssign) and node.value:
-        return ast.copy_location(ast.Assign([node.target], node.value), node)
+        return ast.copy_location(ast.Assign([node.target], node.value, type_comment=None), node)
     return node
 
 
