@@ -404,7 +404,7 @@ CHANGES = st.lists(st.tuples(st.sampled_from(["demo", "demo-2", "de.o", "2"]), w
 
 @given(CHANGES, st.sampled_from(["", FOREIGN]))
 def test_nft_is_as_wanted_after_one_step(changes: list[tuple[str, Rules | None]], foreign: str) -> None:
-    model, wanted = NftModel(foreign), dict[str, "Rules | None"]()
+    model, wanted = NftModel(foreign), {}
     for network, rules in [*changes, *((network, None) for network, _ in changes)]:
         wanted[network] = rules
         model.feed(plan_nft(network, rules, model.chains))
@@ -425,7 +425,7 @@ def test_nft_is_repaired_after_a_reload(changes: list[tuple[str, Rules | None]],
 
 @given(CHANGES, st.sampled_from([(4, None), (6, None), (4, ("FORWARD",))]))
 def test_iptables_is_as_wanted_after_one_step(changes: list[tuple[str, Rules | None]], how: Any) -> None:
-    model, blank, wanted = IptablesModel("-j DOCKER-USER"), IptablesModel("-j DOCKER-USER"), dict[str, Any]()
+    model, blank, wanted = IptablesModel("-j DOCKER-USER"), IptablesModel("-j DOCKER-USER"), {}
     for network, rules in [*changes, *((network, None) for network, _ in changes)]:
         wanted[network] = iptables_rules(rules, *how) if rules else {}
         model.feed(plan_iptables(network, wanted[network], model.listed()))
@@ -439,7 +439,7 @@ def test_iptables_is_as_wanted_after_one_step(changes: list[tuple[str, Rules | N
 
 @given(CHANGES)
 def test_uci_is_as_wanted_after_one_step(changes: list[tuple[str, Rules | None]]) -> None:
-    model, wanted = UciModel(), dict[str, "Rules | None"]()
+    model, wanted = UciModel(), {}
     for network, rules in [*changes, *((network, None) for network, _ in changes)]:
         wanted[network] = rules
         zones = {**dict.fromkeys(("cni0", "flannel.1"), "*"), **ZONES, IF: section(network)}
