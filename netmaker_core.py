@@ -1544,7 +1544,7 @@ def next_relays(
             if relay:
                 changes[pair] = None
         elif until:
-            if now > until + lead:
+            if now > until + lead or not fits(relay, pair):  # at once where the relay itself is lost meanwhile
                 changes[pair] = None
         elif relay and both(alive, one, other):
             changes[pair] = (relay, now + lead)
