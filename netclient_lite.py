@@ -804,6 +804,7 @@ mtu || number || BYTES | 576-9200 | MTU of the interface (default: the network's
 udpholepunch | UDP_HOLEPUNCH | yesno |||| use the endpoints that other nodes see
 ipforwarding || yesno |||| let this node forward (default yes)
 roaming || yesno |||| follow changes of the own address (default yes)
+accept-hooks || yesno |||| run the commands that the server has for this node (default no)
 publickey ||| pubkey | KEY || WireGuard public key (with --privatekey)
 privatekey ||| privkey | KEY || WireGuard private key (better by environment)
 daemon || daemon |||| on: a check-in every 15 s (default); resident: stay; off: no service
@@ -1012,6 +1013,7 @@ class Config(Kept):
     localrange: str = ""
     keyed: bool = False  # the user gave the WireGuard key
     wishes: Row = {}
+    accept_hooks: bool = False  # run what the server's administrator wants run here
     daemon: str = "on"
     hub: str = ""  # the server's URL inside of this network's tunnel
     hosted: str = ""  # the data folder of the server that has its own host join
@@ -1070,6 +1072,8 @@ class Memory(Kept):
     said: str = ""
     warned: dict[str, list[str]] = {}
     server: list[str] = []  # its addresses when its name last resolved
+    hooks: list[str] = []  # the server's PostUp and PostDown, of which the first has run
+    unhooked: str = ""  # why not, or what went wrong
     names: str = ""  # how names are set up
     named: float = 0.0  # when they were last written to flash
 
@@ -1285,6 +1289,8 @@ def parse_me(me: Any) -> Row:
         clean["server"] = "http://" + endpoint(check_address(host), port)
     if me.get("localrange"):
         clean["localrange"] = str(ipaddress.ip_network(me["localrange"]))
+    if me.get("hooks"):
+        clean["hooks"] = [str(text) for text in me["hooks"]][:2]
     if me.get("nameserver"):
         clean["nameserver"] = check_address(me["nameserver"])
     if me.get("group"):
@@ -1343,24 +1349,32 @@ def parse_keys(text: str) -> tuple[str, Spare]:
 
 
 SERVICE = (b"_netclient-lite", b"_udp", b"local")
-PTR, TXT, SRV = 12, 16, 33  # RFC 1035, RFC 2782
+A, PTR, TXT, SRV = 1, 12, 16, 33  # RFC 1035, RFC 2782
 
 
 def dns_name(labels: Sequence[bytes]) -> bytes:
     return b"".join(bytes([len(label)]) + label for label in labels) + b"\0"
 
 
-def make_query(number: int = 0) -> bytes:
-    """An mDNS question for our service. RFC 6762 §6.7: asked from another port than 5353, it is answered to there."""
-    return number.to_bytes(2, "big") + bytes((0, 0, 0, 1, 0, 0, 0, 0, 0, 0)) + dns_name(SERVICE) + bytes((0, PTR, 0, 1))
+def make_query(number: int = 0, challenge: str = "") -> bytes:
+    """An mDNS question for our service. RFC 6762 §6.7: asked from another port than 5353, it is answered to there.
+
+    The challenge is one more question, for a name that nobody has: other responders pass over it.
+    """
+    names = [SERVICE, (challenge.encode(), *SERVICE)][: 2 if challenge else 1]
+    head = number.to_bytes(2, "big") + bytes((0, 0, 0, len(names), 0, 0, 0, 0, 0, 0))
+    return head + b"".join(dns_name(name) + bytes((0, PTR, 0, 1)) for name in names)
 
 
 def make_record(instance: str, port: int, strings: Words, number: int = 0, legacy: bool = False) -> bytes:
     """An mDNS answer: that our service is there, where, and what it says. `legacy`: with the question, for a plain resolver."""
     name = dns_name((instance.encode(), *SERVICE))
     text = b"".join(bytes([len(each)]) + each for each in map(str.encode, strings))
-    host = bytes(6) + port.to_bytes(2, "big") + dns_name((instance.encode(), b"local"))
-    records = ((dns_name(SERVICE), PTR, 1, name), (name, SRV, 0x8001, host), (name, TXT, 0x8001, text))
+    host = dns_name((instance.encode(), b"local"))
+    where = bytes(4) + port.to_bytes(2, "big") + host
+    addresses = [ipaddress.ip_address(split_endpoint(each)[0]) for each in strings[2][2:].split(",")]
+    records = [(dns_name(SERVICE), PTR, 1, name), (name, SRV, 0x8001, where), (name, TXT, 0x8001, text)]
+    records += [(host, A, 0x8001, address.packed) for address in addresses if address.version == 4]
     out = number.to_bytes(2, "big") + b"\x84\0" + bytes((0, legacy, 0, len(records), 0, 0, 0, 0))
     out += make_query()[12:] if legacy else b""
     for owner, kind, group, data in records:
@@ -1389,15 +1403,19 @@ def _read_name(data: bytes, at: int) -> tuple[list[bytes], int]:
     raise ValueError("no name")
 
 
-def parse_mdns(data: bytes) -> tuple[bool, list[list[str]]]:
-    """Whether a packet asks for our service, and the texts of the services that it tells of. Of anything else, nothing."""
-    asks, texts = False, []
+def parse_mdns(data: bytes) -> tuple[str | None, list[list[str]]]:
+    """What a packet that asks for our service has as its challenge ("" for none; None: it does not ask), and the texts of the
+    services that it tells of. Of anything else, nothing.
+    """
+    asks: str | None = None
+    texts = []
     try:
         counts = [int.from_bytes(data[at : at + 2], "big") for at in (4, 6, 8, 10)]
         at = 12
         for _ in range(min(counts[0], 16)):
             labels, at = _read_name(data, at)
-            asks = asks or (not data[2] & 0x80 and tuple(map(bytes.lower, labels)) == SERVICE)
+            if not data[2] & 0x80 and tuple(map(bytes.lower, labels[-3:])) == SERVICE:
+                asks = b"".join(labels[:-3]).decode("ascii")[:32] or asks or ""
             at += 4
         for _ in range(min(sum(counts[1:]), 64)):
             labels, at = _read_name(data, at)
@@ -1414,27 +1432,28 @@ def parse_mdns(data: bytes) -> tuple[bool, list[list[str]]]:
     return asks, texts
 
 
-def announced(group: bytes, node: str, places: Words) -> list[str]:
-    """The TXT strings of a node (docs/lan.md): a tag of the network, the node, its endpoints, a MAC over them."""
+def announced(group: bytes, node: str, places: Words, challenge: str = "") -> list[str]:
+    """The TXT strings of a node (docs/lan.md): a tag of the network, the node, its endpoints, who asked, a MAC over them."""
     tag = blake2b(b"network", key=group, digest_size=4).hexdigest()
     where = ",".join(places)
     return [
         f"n={tag}",
         f"i={node}",
         f"e={where}",
-        "m=" + blake2b(f"{node} {where}".encode(), key=group, digest_size=12).hexdigest(),
+        f"c={challenge}",
+        "m=" + blake2b(f"{node} {where} {challenge}".encode(), key=group, digest_size=12).hexdigest(),
     ]
 
 
-def verified(group: bytes, strings: Words) -> tuple[str, list[str]]:
-    """(node, endpoints) of TXT strings that somebody made who knows the group's key; ("", []) of any others."""
+def verified(group: bytes, strings: Words) -> tuple[str, list[str], str]:
+    """(node, endpoints, challenge) of TXT strings that somebody made who knows the group's key; ("", [], "") of any others."""
     told = dict(each.partition("=")[::2] for each in strings)
     try:
         places = [endpoint(*split_endpoint(text)) for text in told.get("e", "").split(",")]
-        genuine = announced(group, told.get("i", ""), places)
-        return (told["i"], places) if same("".join(genuine), "".join(strings)) else ("", [])
+        genuine = announced(group, told.get("i", ""), places, told.get("c", ""))
+        return (told["i"], places, told["c"]) if same("".join(genuine), "".join(strings)) else ("", [], "")
     except (ValueError, KeyError):
-        return "", []
+        return "", [], ""
 
 
 # --------------------
@@ -2669,6 +2688,7 @@ class Gateway:
 
 MDNS = ("224.0.0.251", 5353)  # RFC 6762
 ASK_FOR = 0.25  # seconds
+ADDRESSES = 0x10 | 0x100  # RTMGRP_IPV4_IFADDR, RTMGRP_IPV6_IFADDR of linux/rtnetlink.h
 ANNOUNCE_EVERY = 60.0  # seconds in which a check-in stays at most once, for a neighbour that looks for it
 
 
@@ -2688,34 +2708,47 @@ def multicast_socket(own: str, port: int = 0) -> Any:
     return sock
 
 
-def ask_neighbours(addresses: Words, group: bytes) -> dict[str, str]:
-    """By node, its endpoint in a LAN of this machine, as it or somebody beside it says within ASK_FOR seconds."""
+def ask_neighbours(addresses: Words, group: bytes) -> tuple[dict[str, str], set[str]]:
+    """By node, its endpoint in a LAN of this machine, as said within ASK_FOR seconds; and the nodes that said so to this very
+    question: what somebody repeats of an earlier answer moves no session that lives.
+    """
     found: dict[str, str] = {}
+    proven: set[str] = set()
+    challenge = os.urandom(16).hex()
     for own in [text for text in addresses if "." in text]:
         with contextlib.suppress(OSError), contextlib.closing(multicast_socket(own.split("/")[0])) as sock:
-            sock.sendto(make_query(int.from_bytes(os.urandom(2), "big")), MDNS)
+            sock.sendto(make_query(int.from_bytes(os.urandom(2), "big"), challenge), MDNS)
             end = time.monotonic() + ASK_FOR
             while len(found) < 1000 and time.monotonic() < end:
                 sock.settimeout(max(0.01, end - time.monotonic()))
-                take_records(sock.recv(9000), group, [own], found)
-    return found
+                for node, place, answered in take_records(sock.recv(9000), group, [own]):
+                    proven |= {node} if answered == challenge else set()
+                    if answered == challenge or node not in proven:
+                        found[node] = place
+    return found, proven
 
 
-def take_records(data: bytes, group: bytes, subnets: Words, found: dict[str, str]) -> None:
+def take_records(data: bytes, group: bytes, subnets: Words) -> Iterator[tuple[str, str, str]]:
+    """Of each genuine record: the node, its endpoint in one of the subnets, the challenge that it answers."""
     for strings in parse_mdns(data)[1]:
-        node, places = verified(group, strings)
+        node, places, answered = verified(group, strings)
         here = [place for place in places if inside(split_endpoint(place)[0], subnets)]
         if here:
-            found[node] = here[0]
+            yield node, here[0], answered
 
 
 def be_there(own: Mapping[str, Told], heard: Callable[[str, str, str], None], addresses: Words, end: float) -> None:
-    """Answer for the nodes of this machine (by network) on its LANs until `end` (monotonic); `heard` is told of others' records:
-    network, node, endpoint.
+    """Answer for the nodes of this machine (by network) on its LANs until `end` (monotonic), or until the kernel tells that an
+    address came or went; `heard` is told of others' records: network, node, endpoint.
     """
     import select
 
+    links: list[Any] = []
     with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, AttributeError):  # rtnetlink(7) is Linux' own
+            link = stack.enter_context(contextlib.closing(_socket.socket(_socket.AF_NETLINK, _socket.SOCK_RAW)))
+            link.bind((0, ADDRESSES))
+            links = [link]
         socks = {}
         for address in [text for text in addresses if "." in text]:
             with contextlib.suppress(OSError):  # the address may be gone already
@@ -2723,29 +2756,32 @@ def be_there(own: Mapping[str, Told], heard: Callable[[str, str, str], None], ad
                 socks[sock.fileno()] = sock, address
                 for packet in (*own_records(own), make_query()):
                     sock.sendto(packet, MDNS)
-        while socks and time.monotonic() < end:
-            for number in select.select(list(socks), (), (), max(0.0, end - time.monotonic()))[0]:
+        while time.monotonic() < end:
+            ready = select.select([*socks, *links], (), (), max(0.0, end - time.monotonic()))[0]
+            if links and links[0] in ready:
+                return
+            for number in ready:
                 with contextlib.suppress(OSError):
                     take_packet(own, heard, *socks[number])
 
 
-def own_records(own: Mapping[str, Told], number: int = 0, legacy: bool = False) -> list[bytes]:
+def own_records(own: Mapping[str, Told], number: int = 0, legacy: bool = False, challenge: str = "") -> list[bytes]:
     told = [each for each in own.values() if each[2]]
-    texts = [(node, split_endpoint(places[0])[1], announced(group, node, places)) for group, node, places in told]
+    texts = [(node, split_endpoint(places[0])[1], announced(group, node, places, challenge)) for group, node, places in told]
     return [make_record(*each, number, legacy) for each in texts]
 
 
 def take_packet(own: Mapping[str, Told], heard: Callable[[str, str, str], None], sock: Any, address: str) -> None:
     data, sender = sock.recvfrom(9000)
-    if parse_mdns(data)[0]:
+    asked = parse_mdns(data)[0]
+    if asked is not None and inside(sender[0], [address]):  # RFC 6762 §11: nobody from elsewhere is answered
         legacy = sender[1] != MDNS[1]
-        for packet in own_records(own, int.from_bytes(data[:2], "big") * legacy, legacy):
+        for packet in own_records(own, int.from_bytes(data[:2], "big") * legacy, legacy, asked):
             sock.sendto(packet, sender if legacy else MDNS)
     for network, (group, node, _) in own.items():
-        found: dict[str, str] = {}
-        take_records(data, group, [address], found)
-        for other in found.keys() - {node}:
-            heard(network, other, found[other])
+        for other, place, _ in take_records(data, group, [address]):
+            if other != node:
+                heard(network, other, place)
 
 
 # --------------------
@@ -3071,6 +3107,24 @@ def forget_staged(context: Context, network: str) -> None:
     forget(context._replace(paths=context.paths.staged()), network)
 
 
+def run_hook(context: Context, network: str, interface: str, kind: str, texts: Words) -> list[str]:
+    """Run root's own hook of this network, and the server's where they are accepted; what failed. Their output goes nowhere."""
+    path, failed = f"{context.paths.home}/hooks/{network}/{kind}", []
+    commands = [("sh", "-c", text.replace("%i", interface)) for text in texts if text]
+    if kind and os.path.exists(path):
+        owned = [os.stat(each) for each in (path, os.path.dirname(path))]
+        if any(info.st_uid or info.st_mode & 0o022 for info in owned):
+            failed.append(f"{path} is not run: others than root can write it")
+        else:
+            commands.insert(0, (path, interface, network))
+    for argv in commands:
+        try:
+            context.run.apply([Step(argv, kind, detached=True)])
+        except CommandFailed as bad:
+            failed.append(f"a hook failed: {bad}")
+    return failed
+
+
 class Node:
     """One membership on this machine: its files, its conversation, its interface."""
 
@@ -3088,6 +3142,8 @@ class Node:
         self.fresh: set[str] = set()
         self.late = False  # names are still to be written
         self.heard = 0.0
+        self.shifted = False  # this machine's addresses are others than at the last check-in
+        self.proven: set[str] = set()  # nodes that answered in a LAN, just now
         self.changes: list[Step] = []
 
     def file(self, kind: str) -> str:
@@ -3256,12 +3312,14 @@ class Node:
         for node, record in view.peers.items():
             key = record["key"]
             found = self.memory.found.get(node, "")
-            record = {**record, "found": found} if found and inside(split_endpoint(found)[0], self.place.subnets) else record
             live = self._live.peers.get(key)
             waited = now - max(self.memory.waiting.get(key, now), self.memory.renewed.get(key, 0))
             turn = int(waited // TURN)
             resting = live is not None and bool(live.endpoint) and key not in self.memory.waiting
             where, saved = live.endpoint if live else "", view.endpoints.get(key, "")
+            sure = not resting or node in self.proven or where == found  # a session that lives moves for no old answer
+            if found and sure and inside(split_endpoint(found)[0], self.place.subnets):
+                record = {**record, "found": found}
             chosen = choose_endpoint(record, self.place, where, resting, turn, saved, now < self.memory.deaf.get(key, 0))
             if turn and where and where in (found, record.get("local")):  # no handshake came: the public one, for a while
                 self.memory.deaf[key] = now + DEAF
@@ -3311,12 +3369,32 @@ class Node:
             steps = steps[1:] if self.run.dry else plan(now, wanted, create)
         if set(self._live.peers) != set(wanted.peers):
             self.memory.unsettled = time.monotonic() + UNSETTLED
+        created = not self._live.exists
         self.run.apply(steps)
         steps += self._forward(view, wanted.port) + self._name(view)
+        self._hook(view.me.get("hooks", []), created)
         self.changes += steps
         if steps and not self.run.dry:
             self.read()
         return bool(steps)
+
+    def _hook(self, told: list[str], created: bool) -> None:
+        """PostUp where the interface came up, and where the server's commands are others than those that have run."""
+        memory, interface = self.memory, self.config.interface
+        wanted = told if self.config.accept_hooks else []
+        if created or memory.hooks != wanted:
+            failed = [] if created else run_hook(self.context, self.config.network, interface, "", memory.hooks[1:])
+            failed += run_hook(self.context, self.config.network, interface, "postup" * created, wanted[:1])
+            memory.hooks, memory.unhooked = wanted, "; ".join(failed)
+        if told and not wanted:
+            memory.unhooked = "not accepted"
+        elif not told and memory.unhooked == "not accepted":
+            memory.unhooked = ""
+        words = {
+            "": [],
+            "not accepted": ["it has PostUp or PostDown for this node, which its root has not accepted (accept_hooks)"],
+        }
+        self._warn("hooks", words.get(memory.unhooked, [memory.unhooked]))
 
     def _forward(self, view: View, port: int) -> list[Step]:
         """Firewall and forwarding as the view's roles want them. What fails here is said and stops nothing else."""
@@ -3377,13 +3455,16 @@ class Node:
     def _seek(self) -> None:
         """Ask the LAN for nodes that are lost in it: those without a handshake, and all of them when this machine has moved."""
         memory, now, homes = self.memory, time.monotonic(), list(self.place.subnets)
-        memory.moved = now if memory.homes not in ([], homes) else memory.moved
-        memory.homes = homes
+        self.shifted = bool(homes) and memory.homes not in ([], homes)
+        memory.moved = now if self.shifted else memory.moved
+        memory.homes = homes or memory.homes  # without any for a moment, while it moves
         group, lan = memory.view.me.get("group", ""), self.place.lan
         near = (each for each in self.others() if memory.view.me.get("local") or (lan and each.get("lan") == lan))
         moved = 0 < memory.moved <= now < memory.moved + UNSETTLED  # old sessions may look alive for a minute
+        answers: dict[str, str] = {}
         lost = [each["id"] for each in near if moved or now - memory.waiting.get(each["key"], now) > 5]
-        answers = ask_neighbours(homes, unb64(group)) if group and lost and not self.run.dry else {}
+        if group and lost and not self.run.dry:
+            answers, self.proven = ask_neighbours(homes, unb64(group))
         memory.found.update(answers)
         memory.lonely = bool(group) and not {*lost} <= {*answers}
 
@@ -3394,15 +3475,17 @@ class Node:
         return unb64(group), self.secret.node, [endpoint(address, port) for address in own] if group else []
 
     def _knock(self) -> None:
-        """Have WireGuard try again peers that it gave up, as it does after 90 s (REKEY_ATTEMPT_TIME) where no packet waits.
-
-        So it is with those that are relayed. A keepalive that is set anew makes a packet.
+        """Have WireGuard try again peers that it gave up, as it does after 90 s (REKEY_ATTEMPT_TIME) where no packet waits, which
+        is so with those that are relayed; show all peers this machine's new address. A keepalive set anew makes a packet.
         """
         now, live = time.monotonic(), self._live.peers
-        silent = [key for key, since in self.memory.waiting.items() if now - since > 90 and self._tried(key)]
+        silent = {key for key, since in self.memory.waiting.items() if now - since > 90 and self._tried(key)}
+        knocked = [key for key, peer in live.items() if peer.keepalive and (self.shifted or (key in silent and not peer.allowed))]
         words: list[str] = []
-        for key in sorted(key for key in silent if not live[key].allowed):
-            words += ["peer", key, "persistent-keepalive", "0", "peer", key, "persistent-keepalive", str(live[key].keepalive)]
+        for key in sorted(knocked):
+            # wireguard-go goes on sending from the address that it sent from before until an endpoint is set
+            words += ["peer", key, *(("endpoint", live[key].endpoint) if self.shifted and live[key].endpoint else ())]
+            words += ["persistent-keepalive", "0", "peer", key, "persistent-keepalive", str(live[key].keepalive)]
         if words:
             self.run.apply([Step(("wg", "set", self.config.interface, *words), TRY)])
 
@@ -3425,6 +3508,8 @@ class Node:
         spare = self.spare[1] if self.spare else ""
         known = live.public if live.private == self.private else "" if live.exists else told.get("key")
         more: Row = {"keyed": True} if self.config.keyed else {}
+        if self.memory.unhooked or told.get("hooks"):
+            more["hooks"] = "".join(letter for letter in self.memory.unhooked if " " <= letter <= "~")[:80]
         if spare or told.get("next") or "spare" in self.memory.view.peers.get(self.secret.node, ()):
             more["next"] = spare
         return {
@@ -3728,14 +3813,18 @@ def parse_stored(text: str) -> str:
 
 
 def take_down(context: Context, network: str, interface: str) -> None:
-    """What a network has on this machine goes: firewall, switches and names first, then the interface."""
+    """What a network has on this machine goes: firewall, switches and names first, then the interface, then what hooks did."""
     gateway = Gateway(context.run, context.files, context.paths.run, network)
     for undo in (lambda: gateway.apply(None), Names(context, network, interface).clear):
         try:
             undo()
         except (NetclientError, OSError) as bad:
             context.say(f"{network}: not all is as it was before: {bad}")
-    context.run.apply(context.system.removal(interface))
+    removal = context.system.removal(interface)
+    context.run.apply(removal)
+    hooks = _loaded(read_text(context.paths.of("memory", network))).get("hooks", [])[1:]
+    for failed in run_hook(context, network, interface, "postdown", hooks) if removal else ():
+        context.say(f"{network}: {failed}")
 
 
 def end_membership(node: Node, tell: str) -> bool:
@@ -4062,7 +4151,8 @@ def prepare(context: Context, token: Token, options: Options) -> Node:
 def checked(options: Options) -> tuple[Row, dict[str, str]]:
     """Wishes for the server and settings of this machine from the flags; UsageError or Invalid for a bad one."""
     wishes = {name: getattr(options, name) for name in WISHES if getattr(options, name) is not None}
-    chosen = {name: getattr(options, name) for name in ("endpoint", "localaddress", "localrange") if getattr(options, name)}
+    kinds = ("endpoint", "localaddress", "localrange", "accept_hooks")
+    chosen = {name: getattr(options, name) for name in kinds if getattr(options, name) not in (None, "")}
     if "name" in wishes:
         wishes["name"] = check_name(wishes["name"])
     for name, version in (("address", 4), ("address6", 6), ("endpoint", 0), ("localaddress", 0)):
@@ -4469,12 +4559,18 @@ def cmd_daemon(context: Context, options: Options) -> ExitStatus:
 
 
 def announce(context: Context, stop: threading.Event) -> None:
-    """Be there for neighbours as long as the daemon runs; the addresses are read anew now and then."""
+    """Be there for neighbours as long as the daemon runs; check in when this machine's addresses are others than before."""
+    before: dict[str, str] = {}
     while not stop.is_set():
         began = time.monotonic()
         with contextlib.suppress(NetclientError, OSError):
+            homes = context.system.subnets(context.system.links())
+            for network in context.paths.networks() if homes and before not in ({}, homes) else ():
+                with contextlib.suppress(NetclientError):
+                    check_in(context, network)
+            before = homes or before
             listen(context, began + ANNOUNCE_EVERY)
-        stop.wait(max(0.0, began + ANNOUNCE_EVERY / 2 - time.monotonic()))  # where there is no LAN
+        stop.wait(max(0.5, began + 1 - time.monotonic()))  # addresses come and go several at a time
 
 
 HOST_EVERY = 1.0  # seconds between two looks at a server's host.json

@@ -725,6 +725,7 @@ class Node(peewee.Model):
     refresh = _text()  # how far that is, and since when (switching: at what time it is to happen)
     refresh_at = _number()
     host = peewee.BooleanField(default=False)  # the server's own host
+    hooks = _text()  # what the node says of the commands that it was given
 
 
 class Lease(peewee.Model):
@@ -888,7 +889,7 @@ Client.add_index(Client.index(Client.network, Client.key, unique=True))
 Session.add_index(Session.index(Session.owner, Session.name))
 
 MODELS = (Meta, Network, Node, Lease, AccessKey, Revision, Gone, Observed, Joined, User, Session, Audit, Client, Dns)
-SCHEMA = 3
+SCHEMA = 4
 # version → the statements that lead to it from the one before; tables that are missing are made after them
 MIGRATIONS: dict[int, tuple[str, ...]] = {
     2: (
@@ -910,6 +911,7 @@ MIGRATIONS: dict[int, tuple[str, ...]] = {
         "ALTER TABLE node ADD COLUMN relayed TEXT NOT NULL DEFAULT ''",
         "ALTER TABLE network ADD COLUMN hub BOOLEAN NOT NULL DEFAULT 0",
     ),
+    4: ("ALTER TABLE node ADD COLUMN hooks TEXT NOT NULL DEFAULT ''",),
 }
 
 # --------------------------------------------------------------------------------------------------
@@ -1324,6 +1326,8 @@ class NodeState(NamedTuple):
     refresh: str = ""
     refresh_at: int = 0
     host: bool = False
+    postup: str = ""
+    postdown: str = ""
 
 
 class ClientState(NamedTuple):
@@ -1343,7 +1347,7 @@ RECORD_COLUMNS = frozenset((
 ))  # fmt: skip
 OWN_COLUMNS = frozenset((
     "name", "ip", "ip6", "port", "keepalive", "mtu", "dns", "forwarding", "punch", "is_local", "egress", "ingress", "relay",
-    "deny", "refresh", "relayed",
+    "deny", "refresh", "relayed", "postup", "postdown",
 ))  # fmt: skip
 
 
@@ -1440,6 +1444,7 @@ def own_settings(node: NodeState, network: NetworkState, clients: Iterable[Clien
         "deny": node.deny.split(",")[:-1],
         "relayed": {peer: relay for peer, (relay, _) in pairs_of(node.relayed).items()},
         "localrange": network.local_range,
+        "hooks": [node.postup, node.postdown] if node.postup or node.postdown else [],
     }
     return {**fields, **{name: value for name, value in roles.items() if value}}
 

@@ -318,6 +318,7 @@ FACTS: dict[str, tuple[str, Check]] = {  # name on the wire → column, check
     "os": ("os", as_pattern(PRINTABLE)),
     "version": ("version", as_pattern(PRINTABLE)),
     "machine": ("machine", as_pattern("[A-Za-z0-9_-]{0,64}")),
+    "hooks": ("hooks", as_pattern(PRINTABLE)),
     "mac": ("mac", as_pattern("([0-9a-f]{2}(:[0-9a-f]{2}){5})?")),
 }
 WISHES: dict[str, tuple[str, Check]] = {
@@ -1635,6 +1636,7 @@ NODE_FIELDS = (
     Field("isrelayed", lambda row: bool(row["via"]), None, "flag"),
     Field("relayaddrs", lambda row: row.get("relayaddrs", []), None, "texts"),
     *(Field(name, name, check_hook) for name in ("postup", "postdown")),
+    Field("hooks", "hooks"),
     *(Field(name, "", None, "object") for name in ("seenby", "relayed")),  # of one node only
     Field("isserver", "host", None, "flag"),
     Field("saveconfig", lambda row: False, None, "flag"),

@@ -460,6 +460,11 @@ class Segment:
                 )
         host._uplink = self.owner, port
 
+    def isolate(self) -> None:
+        """Keep the hosts apart: each talks to the owner alone, as guests in a Wi-Fi."""
+        for number in range(1, self._ports + 1):
+            self.owner.run("bridge", "link", "set", "dev", f"port{number}", "isolated", "on")
+
     def _take(self, network: ipaddress.IPv4Network | ipaddress.IPv6Network, ip: str | None) -> str:
         if ip == "":
             return ""
@@ -590,11 +595,18 @@ class Lab:
         return host
 
     def router(
-        self, name: str, wan_ip: str, lan: str = "192.168.1.0/24", symmetric: bool = False, wan6: str = "", lan6: str = ""
+        self,
+        name: str,
+        wan_ip: str,
+        lan: str = "192.168.1.0/24",
+        symmetric: bool = False,
+        wan6: str = "",
+        lan6: str = "",
+        behind: Router | None = None,
     ) -> Router:
-        """Put a home router on the internet, with a LAN of its own behind its NAT; without ``lan``, for IPv6 alone."""
+        """Put a home router on the internet, or behind a carrier's, with a LAN and a NAT of its own; without ``lan``, for v6."""
         router = self._add(Router, name)
-        self._segment.connect(router, "wan", wan_ip, wan6)
+        (behind.lan if behind else self._segment).connect(router, "wan", wan_ip, wan6)
         router.lan = Segment(router, "br-lan", lan, lan6)
         if lan6 and wan6:
             self.internet._ip(f"route add {lan6} via {wan6}")

@@ -218,7 +218,7 @@ def test_yes_and_no_have_many_names(setting):
         for word in words:
             options = parsed("join", f"-{setting.name}={word}")
             agent.resolve(options, {}, print)
-            assert getattr(options, setting.name) is expected
+            assert getattr(options, setting.name.replace("-", "_")) is expected
     with pytest.raises(agent.UsageError, match=f"--{setting.name} takes yes or no"):
         agent.resolve(parsed("join", f"--{setting.name}", "maybe"), {}, print)
 

@@ -101,7 +101,7 @@ RULES = {
         changes=("WIRE", "FILES"),
         pure=("ERRORS", "TOKENS", "SETTINGS", "VALUES", "PARSE", "PLAN"),
         imports=LIGHT,
-        optional={"nacl": ("TOKENS",), "requests": ("API",), "zeroconf": ("SYSTEM", "DISCOVER")},
+        optional={"nacl": ("TOKENS",), "requests": ("API",)},
     ),
     "netmaker_core.py": Rules(
         limit=200 * 1024,
