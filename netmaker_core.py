@@ -1523,8 +1523,8 @@ def next_relays(
 ) -> dict[Pair, tuple[str, int] | None]:
     """What changes between pairs: the relay and when both go direct again (0: not yet); None: no relay any more (SPEC, §10).
 
-    nodes: the pairs' own, and all that may be a relay or have one. alive, mute: pairs of (observer, node) with a fresh
-    handshake, and without one although the observer sends.
+    pairs: also those that a node of the others carries. nodes: the pairs' own, and all that may be a relay or have one. alive,
+    mute: pairs of (observer, node) with a fresh handshake, and without one although the observer sends.
     """
 
     def both(found: Set[Pair], one: str, other: str) -> bool:
@@ -1534,32 +1534,46 @@ def next_relays(
         standing = nodes.get(relay)
         if standing is None or not (standing.here and standing.relay) or standing.bound or relay in pair:
             return False
-        if {*standing.apart, *standing.relayed} & {*pair}:  # a relay is no second one's
+        if not standing.apart.isdisjoint(pair) or any(ordered(relay, end) in held for end in pair):  # a relay is no second one's
             return False
         return all((end, relay) in alive or (relay, end) in alive for end in pair)
 
-    held = {(min(node, peer), max(node, peer)): way for node, standing in nodes.items() for peer, way in standing.relayed.items()}
-    load = Counter(relay for relay, _ in held.values())
-    changes: dict[Pair, tuple[str, int] | None] = {}
-    for pair in sorted(pairs):
+    def ordered(one: str, other: str) -> Pair:
+        return (one, other) if one < other else (other, one)
+
+    def change(pair: Pair) -> tuple[str, int] | None:
+        """What shall be of a pair."""
         one, other = pair
-        relay, until = held.get(pair, ("", 0))
+        way = relay, until = held.get(pair, ("", 0))
         ends = [nodes[end] for end in pair if end in nodes]
         if len(ends) < 2 or other in ends[0].apart or any(end.bound for end in ends):
-            if relay:
-                changes[pair] = None
-        elif until:
-            if now > until + lead or not fits(relay, pair):  # at once where the relay itself is lost meanwhile
-                changes[pair] = None
-        elif relay and both(alive, one, other):
-            changes[pair] = (relay, now + lead)
-        elif all(end.here for end in ends) and not fits(relay, pair) and (relay or both(mute, one, other)):
+            return None
+        if until:  # at once where the relay itself is lost meanwhile
+            return None if now > until + lead or not fits(relay, pair) else way
+        if relay and both(alive, one, other):
+            return relay, now + lead
+        wanted = both(mute, one, other) and all(end.here for end in ends)
+        if not fits(relay, pair) and (relay or wanted):  # also for who is away: it shall find a way
             found = [each for each in nodes if nodes[each].ready and fits(each, pair)]
             best = min(found, key=lambda each: (load[each], each), default="")
-            load[best] += 1
-            if best or relay:
-                changes[pair] = (best, 0) if best else None
-    return changes
+            return (best, 0) if best else None
+        return way if relay else None
+
+    held = {ordered(node, peer): way for node, standing in nodes.items() for peer, way in standing.relayed.items()}
+    before, load = dict(held), Counter(relay for relay, _ in held.values())
+    todo = sorted(pairs)
+    while todo:  # a relay that gets one itself is none for those that it carried
+        pair = todo.pop(0)
+        chosen = change(pair)
+        if chosen == held.get(pair):
+            continue
+        if chosen:
+            held[pair] = chosen
+            load[chosen[0]] += 1
+            todo += [each for each, (relay, _) in held.items() if relay in pair and each not in todo]
+        else:
+            del held[pair]
+    return {pair: held.get(pair) for pair in {*before, *held} if held.get(pair) != before.get(pair)}
 
 
 def free_port(wanted: int, taken: Iterable[int]) -> int:

@@ -1041,8 +1041,15 @@ class Agents:
     def relay(self, mesh: Mesh, node: str = "") -> None:
         """Have pairs (those of a node, or all) without a handshake go through a relay, and direct again when they have one."""
         members, store, network = mesh.members, self.core.store, mesh.state.id
-        held = {(one, other) for one in ([node] if node else list(mesh.relayed)) for other in pairs_of(members[one].row.relayed)}
-        pairs = {*store.rows(BOTH_MUTE, (network, node)), *((min(pair), max(pair)) for pair in held)}
+        pairs = {*store.rows(BOTH_MUTE, (network, node))}
+        held = {}
+        for one in list(mesh.relayed):
+            held.update({(min(one, other), max(one, other)): way[0] for other, way in pairs_of(members[one].row.relayed).items()})
+        more = {pair for pair in held if not node or node in pair}
+        while not more <= pairs:
+            pairs |= more
+            ends = {end for pair in pairs for end in pair}
+            more = {pair for pair, relay in held.items() if relay in ends}
         if not pairs:
             return
         ends = {end for pair in pairs for end in pair}

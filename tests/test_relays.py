@@ -91,7 +91,9 @@ def test_a_relay_that_is_gone_is_replaced_or_dropped():
     assert changes(found, {("a", "q"), ("b", "q")}, MUTE) == {("a", "b"): ("q", 0)}
     assert changes({"a": nodes(**HELD)["a"], "r": standing(relay=True)}, ALIVE, set()) == {("a", "b"): None}
     away = nodes(a={"here": False, **HELD["a"]}, b=HELD["b"], r={"relay": False})
-    assert changes(away, ALIVE, MUTE) == {}  # who is away finds it as it was
+    assert changes(away, ALIVE, MUTE) == {("a", "b"): None}
+    away["q"] = standing(relay=True)  # who is away shall find a way
+    assert changes(away, {*ALIVE, ("a", "q"), ("b", "q")}, MUTE) == {("a", "b"): ("q", 0)}
 
 
 NAMES = "abcdef"
