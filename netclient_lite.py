@@ -517,7 +517,8 @@ class CommandFailed(NetclientError):
     """A program that we started returned another status than 0, or is not there."""
 
     def __init__(self, argv: Words, code: int, stderr: str) -> None:
-        said = stderr.strip().splitlines()[-1] if stderr.strip() else "no message"
+        lines = [line.strip() for line in stderr.splitlines() if line.strip(" ^~\t")] or ["no message"]
+        said = next((line for line in lines if "rror" in line), lines[-1])  # nft shows the place after it
         super().__init__("`%s` failed (status %d): %s" % (" ".join(argv[:8]), code, said))
         self.code, self.stderr = code, stderr
 

@@ -2987,7 +2987,6 @@ def sweep(core: Core) -> None:
     lapsed = (Node.state == PENDING) & (Node.created <= core.now - PENDING_DAYS * 86400)
     for node in core.store.select(Node.select().where(lapsed)):
         remove_node(core, node, LEFT)
-        forget_node(core, node["network"], node["id"])
     for network in networks(core) if core.now - core.started > SETTLED else ():
         limit = core.now - network["silent"] if network["silent"] else 0
         here = (Node.network == network["id"]) & (Node.state == ACTIVE) & ~Node.auth.startswith(NO_AGENT)

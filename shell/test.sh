@@ -35,7 +35,9 @@ conntrack conntrack
 busybox busybox-static
 dnsmasq dnsmasq-base
 dbus-daemon dbus-daemon
-valgrind valgrind'
+valgrind valgrind
+zbarimg zbar-tools
+curl curl'
 
 # Packages that would take over this machine's resolver: they are unpacked beside the virtual environment's programs, and run in
 # the lab alone.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A router in the lab as OpenWrt is one: BusyBox' `ip`, and stand-ins for `uci` and `fw4`, which exist nowhere else.
+"""A router in the lab as OpenWrt is one: BusyBox for all its userland, and stand-ins for `uci` and `fw4`, which are nowhere else.
 
 The stand-ins know what the agent uses of them: named sections in /etc/config/firewall, and a table `inet fw4` made of zones,
 rules and NAT sections, which `fw4 reload` makes anew as a whole.
@@ -114,7 +114,9 @@ def make_openwrt(router: Router) -> None:
         router.write(path, text)
         router.run("chmod", "755", path)
     busybox = router.run("sh", "-c", "command -v busybox").stdout.strip()
-    router.run("ln", "-sf", busybox, router.run("sh", "-c", "command -v ip").stdout.strip())
     router.run("rm", "-f", "/usr/sbin/iptables", "/usr/sbin/ip6tables")
     router.run("nft", "flush", "ruleset")
     router.run("fw4", "-q", "reload")
+    # what comes first on the PATH; `ping` is the tests' own
+    script = "for name in $($0 --list); do case $name in ping*) ;; *) ln -sf $0 /usr/local/sbin/$name ;; esac; done"
+    router.run("sh", "-c", script, busybox)
