@@ -3042,12 +3042,13 @@ def report(
     seen = {node_of[key]: actual.peers[key].endpoint for key in fresh if key in node_of and actual.peers[key].endpoint}
     tried = {key for key, live in actual.peers.items() if live.tx and live.endpoint} | {*lone}
     mute = {node_of[key]: True for key, since in memory.waiting.items() if key in node_of and key in tried and now - since > MUTE}
+    rejected = memory.rejected or ({"word": "-"} if memory.said not in ("", "-") else {})  # nothing any more
     told: Row = {
         "facts": {name: value for name, value in facts.items() if memory.facts.get(name) != value},
         "wishes": {name: value for name, value in wishes.items() if memory.wishes.get(name) != value},
         "seen": {**dict.fromkeys(memory.seen.keys() - seen.keys()), **{n: e for n, e in seen.items() if memory.seen.get(n) != e}},
         "mute": {**dict.fromkeys(memory.mute.keys() - mute.keys()), **{n: True for n in mute if n not in memory.mute}},
-        "rejected": memory.rejected if memory.rejected and memory.said != memory.rejected["word"] else {},
+        "rejected": rejected if rejected.get("word") != memory.said else {},
     }
     return {name: value for name, value in told.items() if value}
 

@@ -417,7 +417,7 @@ def parse_exchange(body: bytes) -> Exchange:
     if "rejected" in given:
         table = {"word": ("word", as_pattern("[0-9.a-f-]{1,40}")), "reason": ("reason", lambda value: str(value)[:200])}
         rejected = take(given["rejected"], table, "rejected")
-        words = "%s %s" % (rejected.get("word", "-"), rejected.get("reason", ""))
+        words = "%s %s" % (rejected.get("word", "-").strip("-"), rejected.get("reason", ""))
         values["rejected"] = " ".join(re.sub("[^ -~]", "?", words).split())  # it is shown on a terminal
     return Exchange(
         values,

@@ -224,3 +224,46 @@ def test_an_openwrt_router_opens_its_lan(lab: Lab) -> None:
     mesh.kill()
     member.leave()
     assert home.read("/etc/config/firewall") == config and home.run("nft", "list", "ruleset").stdout == blank
+
+
+# A machine whose own scripts take offence at a gateway's rules: while those are there, it lets nothing out to the server.
+OFFENDED = """#!/bin/sh
+/usr/sbin/nft "$@" || exit
+[ "$1" = -f ] || exit 0
+/usr/sbin/nft -f - <<END
+table ip offended
+delete table ip offended
+$(/usr/sbin/nft list tables | grep -q 'netclient' && echo 'table ip offended {
+	chain output { type filter hook output priority 0; ip daddr 203.0.113.10 drop; }
+}')
+END
+"""
+
+
+def test_a_role_that_cuts_the_server_off_is_taken_back(lab: Lab) -> None:
+    """Within seconds, without losing a packet of the others' tunnels; not tried again; the administrator is told."""
+    mesh = Mesh(lab)
+    home = lab.router("home", "203.0.113.21", lan="192.168.1.0/24")
+    gateway, other = mesh.join(home), mesh.join(lab.public("other", "203.0.113.30"))
+    mesh.settle([gateway, other])
+    home.write("/usr/local/sbin/nft", OFFENDED)
+    home.run("chmod", "755", "/usr/local/sbin/nft")
+    before = tables(home)
+    with other.host.pinging(gateway.address, interval=0.05) as pinging:
+        mesh.admin("node", "egress", "demo", "home", "192.168.1.0/24")
+        assert "roles are taken back" in gateway.checkin(check=False).stderr
+        assert tables(home) == before
+        gateway.checkin()
+        gateway.checkin()
+        assert tables(home) == before, "what was taken back is tried again"
+        loss = pinging.stop()
+    assert not loss.lost, loss
+    shown = json.loads(mesh.admin("node", "show", "demo", "home", "--json"))["rejected"]
+    assert re.match(r"\d+\.[0-9a-f]{8} ", shown), shown
+
+    home.run("rm", "/usr/local/sbin/nft")
+    mesh.admin("node", "egress", "demo", "home", "192.168.1.0/24,192.168.2.0/24")  # another revision is another try
+    gateway.checkin()
+    assert "netclient" in tables(home)
+    gateway.checkin()
+    assert json.loads(mesh.admin("node", "show", "demo", "home", "--json"))["rejected"] == ""

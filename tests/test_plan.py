@@ -711,6 +711,11 @@ def test_a_rejected_revision_is_told_once():
     assert told == {"rejected": {"word": "7.aaaaaaaa", "reason": "cut off"}}
     reported(memory, told)
     assert report(memory, agent.Actual(), set(), {}, {}, NOW) == {}
+    memory.rejected = {}  # the next one was fine
+    told = report(memory, agent.Actual(), set(), {}, {}, NOW)
+    assert told == {"rejected": {"word": "-"}}
+    reported(memory, told)
+    assert report(memory, agent.Actual(), set(), {}, {}, NOW) == {}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
