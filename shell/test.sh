@@ -37,11 +37,12 @@ dnsmasq dnsmasq-base
 dbus-daemon dbus-daemon
 valgrind valgrind
 zbarimg zbar-tools
-curl curl'
+curl curl
+qemu-system-x86_64 qemu-system-x86'
 
-# Packages that would take over this machine's resolver: they are unpacked beside the virtual environment's programs, and run in
-# the lab alone.
-PARTS='systemd-resolved openresolv resolvconf'
+# Packages that would take over this machine's resolver, or its kernel: they are unpacked beside the virtual environment's programs,
+# and run in the lab alone.
+PARTS='systemd-resolved openresolv resolvconf linux-image-cloud-amd64'
 COREDNS=github.com/coredns/coredns@v1.11.3
 
 fast=no
@@ -142,8 +143,12 @@ need_tools() {
 	fi
 }
 
+kernel_of() { # PACKAGE: the one with the kernel, on which that depends
+	apt-cache depends --important "$1" | sed -n '/ linux-image-[0-9]/{s/.*: //;p;q;}'
+}
+
 need_parts() { # unpacks PARTS into the virtual environment, as parts/PACKAGE
-	local part missing='' folder="$NM_TEST_VENV/parts"
+	local part package missing='' folder="$NM_TEST_VENV/parts"
 	for part in $PARTS; do
 		[ -d "$folder/$part" ] || missing="$missing $part"
 	done
@@ -152,7 +157,9 @@ need_parts() { # unpacks PARTS into the virtual environment, as parts/PACKAGE
 	quietly apt-get -q update || say "going on with the package lists that are here"
 	for part in $missing; do
 		mkdir -p "$folder/new"
-		if (cd "$folder/new" && quietly apt-get -q download "$part" && quietly dpkg -x "$part"_*.deb root); then
+		package=$part
+		case $part in linux-image-*) package=$(kernel_of "$part") ;; esac
+		if (cd "$folder/new" && quietly apt-get -q download "$package" && quietly dpkg -x "$package"_*.deb root); then
 			mv "$folder/new/root" "$folder/$part"
 		else
 			leave_out "what needs $part (it could not be fetched)"
