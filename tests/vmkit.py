@@ -115,8 +115,8 @@ def make_ram_disk(folder: Path, files: Mapping[str, str], address: str, gateway:
     for applet in subprocess.run(["busybox", "--list"], capture_output=True, text=True, check=True).stdout.split():
         (root / "bin" / applet).symlink_to("busybox") if applet != "busybox" else None
     order = list(load_order(WANTED))
-    for path in order:
-        shutil.copy(path, root / "modules" / path.name)
+    for module in order:
+        shutil.copy(module, root / "modules" / module.name)
     (root / "modules/order").write_text("\n".join(path.stem for path in order) + "\n")
     shutil.copy(REPO / "netclient_lite.py", root / "root/netclient_lite.py")
     for name, text in {"init": INIT.format(address=address, gateway=gateway), **files}.items():
