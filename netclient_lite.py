@@ -363,16 +363,20 @@ def lock(path: str, wait: bool = False) -> int | None:
         return None
 
 
+def routes_of(interface: str) -> list[str]:
+    """The IPv4 routes of an interface and the default ones, in the kernel's order: shell/netclient-look compares them too."""
+    words = (line.split() for line in read_text("/proc/net/route").split("\n"))
+    mine = (word for word in words if len(word) > 7 and (word[0] == interface or word[1] == word[7] == "00000000"))
+    return [" ".join((word[0], word[1], word[2], word[3], word[7])) for word in mine]
+
+
 def machine_mark(interface: str) -> str:
     """A hash of what the kernel shows without a child: the interface, its routes and addresses, the default routes.
 
     What is flushed by hand shows in /proc/net/route and ipv6_route; counters in them are left out.
     """
     seen = [line.split(":")[0].strip() for line in read_text("/proc/net/dev").split("\n") if interface + ":" in line]
-    for line in read_text("/proc/net/route").split("\n"):
-        word = line.split()
-        if len(word) > 7 and (word[0] == interface or word[1] == word[7] == "00000000"):
-            seen.append(" ".join((word[0], word[1], word[2], word[3], word[7])))
+    seen += routes_of(interface)
     for line in read_text("/proc/net/if_inet6").split("\n"):
         word = line.split()
         if len(word) > 5 and word[5] == interface:
@@ -867,7 +871,7 @@ class Paths:
 
     def of(self, kind: str, network: str) -> str:
         """`netconfig`, `wgkey`, `secret`, `nettoken` and `peers` lie on flash, `lock`, `state` and `memory` on tmpfs."""
-        if kind in ("lock", "state", "memory"):
+        if kind in ("lock", "state", "memory", "seen"):
             return f"{self.run}/{network}.{kind}"
         return f"{self.config}/{kind}-{network}"
 
@@ -1074,7 +1078,7 @@ class Memory(Kept):
     warned: dict[str, list[str]] = {}
     server: list[str] = []  # its addresses when its name last resolved
     hooks: list[str] = []  # the server's PostUp and PostDown, of which the first has run
-    unhooked: str = ""  # why not, or what went wrong
+    unhooked: str = ""  # what went wrong with that
     names: str = ""  # how names are set up
     named: float = 0.0  # when they were last written to flash
 
@@ -3101,7 +3105,7 @@ def lapse(memory: Memory, view: View, now: float) -> None:
 
 def forget(context: Context, network: str) -> None:
     """Remove a membership's files: first the one that says it exists."""
-    for kind in (*reversed(MEMBERSHIP), "peers", "memory", "state"):
+    for kind in (*reversed(MEMBERSHIP), "peers", "memory", "state", "seen"):
         context.files.remove(context.paths.of(kind, network))
 
 
@@ -3144,7 +3148,7 @@ class Node:
         self.fresh: set[str] = set()
         self.late = False  # names are still to be written
         self.heard = 0.0
-        self.shifted = False  # this machine's addresses are others than at the last check-in
+        self.shifted = False  # an address that this machine had at the last check-in is gone
         self.proven: set[str] = set()  # nodes that answered in a LAN, just now
         self.changes: list[Step] = []
 
@@ -3388,15 +3392,7 @@ class Node:
             failed = [] if created else run_hook(self.context, self.config.network, interface, "", memory.hooks[1:])
             failed += run_hook(self.context, self.config.network, interface, "postup" * created, wanted[:1])
             memory.hooks, memory.unhooked = wanted, "; ".join(failed)
-        if told and not wanted:
-            memory.unhooked = "not accepted"
-        elif not told and memory.unhooked == "not accepted":
-            memory.unhooked = ""
-        words = {
-            "": [],
-            "not accepted": ["it has PostUp or PostDown for this node, which its root has not accepted (accept_hooks)"],
-        }
-        self._warn("hooks", words.get(memory.unhooked, [memory.unhooked]))
+            self._warn("hooks", failed)
 
     def _forward(self, view: View, port: int) -> list[Step]:
         """Firewall and forwarding as the view's roles want them. What fails here is said and stops nothing else."""
@@ -3457,8 +3453,8 @@ class Node:
     def _seek(self) -> None:
         """Ask the LAN for nodes that are lost in it: those without a handshake, and all of them when this machine has moved."""
         memory, now, homes = self.memory, time.monotonic(), list(self.place.subnets)
-        self.shifted = bool(homes) and memory.homes not in ([], homes)
-        memory.moved = now if self.shifted else memory.moved
+        self.shifted = bool(homes) and not {*memory.homes} <= {*homes}  # a new one beside them cuts nobody off
+        memory.moved = now if homes and memory.homes not in ([], homes) else memory.moved
         memory.homes = homes or memory.homes  # without any for a moment, while it moves
         group, lan = memory.view.me.get("group", ""), self.place.lan
         near = (each for each in self.others() if memory.view.me.get("local") or (lan and each.get("lan") == lan))
@@ -3510,8 +3506,9 @@ class Node:
         spare = self.spare[1] if self.spare else ""
         known = live.public if live.private == self.private else "" if live.exists else told.get("key")
         more: Row = {"keyed": True} if self.config.keyed else {}
-        if self.memory.unhooked or told.get("hooks"):
-            more["hooks"] = "".join(letter for letter in self.memory.unhooked if " " <= letter <= "~")[:80]
+        if self.config.accept_hooks or told.get("hooks"):
+            said = "accepted; " + "".join(letter for letter in self.memory.unhooked if " " <= letter <= "~")
+            more["hooks"] = said[:80] if self.config.accept_hooks else ""
         if spare or told.get("next") or "spare" in self.memory.view.peers.get(self.secret.node, ()):
             more["next"] = spare
         return {
@@ -3704,6 +3701,10 @@ class Node:
         self.counters.interface = self.config.interface
         self.counters.local = self.session.own or "-"
         self.counters.mark = machine_mark(self.config.interface)
+        six = (line.split() for line in read_text("/proc/net/ipv6_route").splitlines())
+        default6 = [f"6 {word[4]} {word[9]}" for word in six if len(word) > 9 and word[1] == "00" and word[9] != "lo"]
+        seen = [self.counters.local, *routes_of(self.config.interface), *default6]
+        self.files.volatile(self.file("seen"), "\n".join(seen) + "\n")  # for shell/netclient-look
         self.save_memory()
         self.save_counters()
 

@@ -725,7 +725,7 @@ class Node(peewee.Model):
     refresh = _text()  # how far that is, and since when (switching: at what time it is to happen)
     refresh_at = _number()
     host = peewee.BooleanField(default=False)  # the server's own host
-    hooks = _text()  # what the node says of the commands that it was given
+    hooks = _text()  # "accepted; …" where its root lets it run postup and postdown, with what went wrong
 
 
 class Lease(peewee.Model):
@@ -1328,6 +1328,7 @@ class NodeState(NamedTuple):
     host: bool = False
     postup: str = ""
     postdown: str = ""
+    hooks: str = ""
 
 
 class ClientState(NamedTuple):
@@ -1347,7 +1348,7 @@ RECORD_COLUMNS = frozenset((
 ))  # fmt: skip
 OWN_COLUMNS = frozenset((
     "name", "ip", "ip6", "port", "keepalive", "mtu", "dns", "forwarding", "punch", "is_local", "egress", "ingress", "relay",
-    "deny", "refresh", "relayed", "postup", "postdown",
+    "deny", "refresh", "relayed", "postup", "postdown", "hooks",
 ))  # fmt: skip
 
 
@@ -1444,7 +1445,7 @@ def own_settings(node: NodeState, network: NetworkState, clients: Iterable[Clien
         "deny": node.deny.split(",")[:-1],
         "relayed": {peer: relay for peer, (relay, _) in pairs_of(node.relayed).items()},
         "localrange": network.local_range,
-        "hooks": [node.postup, node.postdown] if node.postup or node.postdown else [],
+        "hooks": [node.postup, node.postdown] if node.hooks and (node.postup or node.postdown) else [],
     }
     return {**fields, **{name: value for name, value in roles.items() if value}}
 

@@ -1643,7 +1643,7 @@ NODE_FIELDS = (
     Field("isrelayed", lambda row: bool(row["via"]), None, "flag"),
     Field("relayaddrs", lambda row: row.get("relayaddrs", []), None, "texts"),
     *(Field(name, name, check_hook) for name in ("postup", "postdown")),
-    Field("hooks", "hooks"),
+    Field("hooks", lambda row: row["hooks"] or ("not accepted" if row["postup"] or row["postdown"] else "")),
     *(Field(name, "", None, "object") for name in ("seenby", "relayed")),  # of one node only
     Field("isserver", "host", None, "flag"),
     Field("saveconfig", lambda row: False, None, "flag"),
