@@ -3701,16 +3701,23 @@ class Node:
         self.counters.interface = self.config.interface
         self.counters.local = self.session.own or "-"
         self.counters.mark = machine_mark(self.config.interface)
-        six = (line.split() for line in read_text("/proc/net/ipv6_route").splitlines())
-        default6 = [f"6 {word[4]} {word[9]}" for word in six if len(word) > 9 and word[1] == "00" and word[9] != "lo"]
-        seen = [self.counters.local, *routes_of(self.config.interface), *default6]
-        self.files.volatile(self.file("seen"), "\n".join(seen) + "\n")  # for shell/netclient-look
+        self.files.volatile(self.file("seen"), seen_text(self.counters, self.secret.look))
         self.save_memory()
         self.save_counters()
 
     def _tried(self, key: str) -> bool:
         live = self._live.peers.get(key)
         return live is not None and bool(live.endpoint) and live.keepalive > 0
+
+
+def seen_text(counters: Counters, look: str) -> str:
+    """`NETWORK.seen` on tmpfs: all that shell/netclient-look knows, for it cannot hash: when the agent is due, where to ask, and
+    the routes in the kernel's order.
+    """
+    words = (line.split() for line in read_text("/proc/net/ipv6_route").splitlines())
+    routes6 = [f"6 {word[4]} {word[9]}" for word in words if len(word) > 9 and word[1] == "00" and word[9] != "lo"]
+    head = (int(counters.due), counters.interface, counters.local, counters.word, counters.server + LOOK_PATH + look)
+    return "\n".join((" ".join(map(str, head)), *routes_of(counters.interface), *routes6)) + "\n"
 
 
 def _loaded(text: str) -> Row:

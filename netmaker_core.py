@@ -2472,22 +2472,25 @@ def server_urls(core: Core) -> tuple[str, ...]:
 
 
 def client_files() -> dict[str, bytes]:
-    """What `/meshclient/files/` has: the agent, and the install script where it is installed with this module or beside it."""
+    """What `/meshclient/files/` has: the agent, and the scripts where they are installed with this module or beside it."""
     source = os.path.splitext(os.path.abspath(agent.__file__))[0] + ".py"
     above = os.path.dirname(source)
-    places = [above + "/shell/install.sh"]
+    folders = [above + "/shell/"]
     for _ in range(4):  # of a wheel, from PREFIX/lib/python3.X/site-packages up
-        places.append(above + "/share/netmaker-lite/shell/install.sh")
+        folders.append(above + "/share/netmaker-lite/shell/")
         above = os.path.dirname(above)
-    paths = [next(filter(os.path.isfile, choice), "") for choice in ([source], places)]
+    places = ([source], *([folder + name for folder in folders] for name in ("install.sh", "netclient-look")))
+    paths = [next(filter(os.path.isfile, choice), "") for choice in places]
     return _client_files(*((path, os.stat(path).st_mtime_ns) if path else ("", 0) for path in paths))
 
 
 @lru_cache(maxsize=1)
-def _client_files(source: tuple[str, int], script: tuple[str, int]) -> dict[str, bytes]:
+def _client_files(source: tuple[str, int], script: tuple[str, int], look: tuple[str, int]) -> dict[str, bytes]:
     """Read once, and again when a file is another: an agent updated under a running server gets its hash."""
     files: dict[str, bytes] = {}
-    for name, (path, _) in {"netclient_lite.py": source, "install.sh": script}.items():
+    for name, (path, _) in {"netclient-look": look, "netclient_lite.py": source, "install.sh": script}.items():
+        if not path and name == "netclient-look":
+            continue
         if not path:
             log.warning("%s is not installed with this server: keys come without the line that installs the agent", name)
             return files

@@ -2081,6 +2081,9 @@ class Web:
     def agent_file(self) -> bytes:
         return self.file("netclient_lite.py", "text/x-python")
 
+    def look_file(self) -> bytes:
+        return self.file("netclient-look", "text/x-shellscript")
+
     def install_file(self) -> bytes:
         return self.file("install.sh", "text/x-shellscript")
 
@@ -2605,6 +2608,7 @@ ROUTES = (
     Route("GET", "/api/health", ANY, Web.health),
     Route("GET", "/api/getip", ANY, Web.getip),
     Route("GET", FILES_PATH + "netclient_lite.py", ANY, Web.agent_file),
+    Route("GET", FILES_PATH + "netclient-look", ANY, Web.look_file),
     Route("GET", FILES_PATH + "install.sh", ANY, Web.install_file),
     Route("GET", agent.HELLO_PATH, "agent", Web.hello),
     Route("POST", agent.JOIN_PATH, "agent", Web.join),

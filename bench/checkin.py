@@ -8,6 +8,7 @@ Against the real server in this process, over HTTP and over TLS. The yardstick i
 
 from __future__ import annotations
 
+import shutil
 import socket
 import ssl
 import subprocess
@@ -84,6 +85,11 @@ class Standing:
         done.due, done.interface, done.local = time.monotonic() + agent.CHECK_EVERY - 5, "lo", LOCAL
         done.mark = agent.machine_mark(done.interface)
         self.state.write_text(done.text())
+        self.state.with_suffix(".seen").write_text(agent.seen_text(done, client.look))
+
+    def look(self) -> Command:
+        """The same without Python."""
+        return Command(("busybox", "ash", str(AGENT.parent / "shell/netclient-look")), self.root)
 
     def check_in(self, python: str, code: str) -> Command:
         return Command((python, "-I", "-S", code, "checkin"), self.root)
@@ -159,6 +165,26 @@ def counts(plain: Standing, secure: Standing, code: Mapping[str, str]) -> Iterat
         yield Figure(f"{name}: the bytecode", Path(code[python]).stat().st_size / 1024, 256, "KB")
 
 
+def by_small_parent(command: Command) -> float:
+    """MB at its highest, started by BusyBox' `time`, which is smaller itself; it shows four times what the kernel tells."""
+    argv = ("busybox", "time", "-f", "%M", *command.argv)
+    done = subprocess.run(argv, env={**NORMAL, "NETCLIENT_ROOT": command.root}, capture_output=True, text=True, check=True)
+    return int(done.stderr.split()[-1]) / 4 / 1024
+
+
+def looks(node: Standing) -> Iterator[Figure]:
+    """`netclient-look` by BusyBox, its shell and its wget."""
+    python = next(iter(pythons()))
+    node.refresh()
+    before = node.state.read_text()
+    with Starter() as starter:
+        floor, look = starter.compare([idle(python), node.look()])
+    if node.state.read_text() != before:
+        raise RuntimeError("a look became a check-in")
+    yield Figure(f"netclient-look: CPU, x of `-c pass` of CPython {version_of(python)}", look.cpu / floor.cpu, 0.5, "x")
+    yield Figure("netclient-look: memory", by_small_parent(node.look()), 2.5, "MB")
+
+
 def idle(python: str) -> Command:
     return Command((python, "-I", "-S", "-c", "pass"))
 
@@ -193,6 +219,8 @@ def measure(home: Server, folder: Path) -> None:
     code = {python: installed(python, folder) for python in pythons()}
     report("A check-in without news: the wire", list(payload(plain, way, plain.check_in(*next(iter(code.items()))), key)))
     report("A check-in without news: time and memory (x: of `python3 -I -S -c pass`)", list(cpu_and_memory(plain, secure, code)))
+    if shutil.which("busybox"):
+        report("The same without Python, by BusyBox", list(looks(plain)))
     if has_valgrind():
         report("A check-in without news: counts", list(counts(plain, secure, code)))
     else:

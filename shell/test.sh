@@ -40,9 +40,9 @@ zbarimg zbar-tools
 curl curl
 qemu-system-x86_64 qemu-system-x86'
 
-# Packages that would take over this machine's resolver, or its kernel: they are unpacked beside the virtual environment's programs,
-# and run in the lab alone.
-PARTS='systemd-resolved openresolv resolvconf linux-image-cloud-amd64'
+# Packages that would take over this machine's resolver, or its kernel, or exclude one of TOOLS (a BusyBox that asks the PATH before
+# its own applets): they are unpacked beside the virtual environment's programs, and run by tests alone.
+PARTS='systemd-resolved openresolv resolvconf linux-image-cloud-amd64 busybox'
 COREDNS=github.com/coredns/coredns@v1.11.3
 
 fast=no
