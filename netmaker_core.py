@@ -23,10 +23,12 @@ from __future__ import annotations
 import ast
 import base64
 import bisect
+import builtins
 import fcntl
 import io
 import ipaddress
 import json
+import keyword
 import logging
 
 # --------------------------------------------------------------------------------------------------
@@ -45,6 +47,8 @@ import tokenize
 from collections import Counter
 from functools import lru_cache, partial
 from hashlib import blake2b, sha256
+from itertools import product
+from string import ascii_lowercase
 from typing import (
     AbstractSet as Set,
 )
@@ -1680,7 +1684,84 @@ def slim(source: str) -> str:
         ):
             out[-1] = out[-1][:-1]  # a bracket needs no line of its own
         out += [" " * depths.get(row, 0) + bare] if bare else []
-    return "".join(out)
+    return folded(shortened("".join(out)))
+
+
+def shortened(source: str) -> str:
+    """A program with short names for what is local to a function and the functions within it.
+
+    Left alone: parameters, what is global or built in anywhere, what stands in an f-string (which Pythons before 3.12 give no
+    places for), what is a keyword of a call.
+    """
+    tree = ast.parse(source)
+    outside = [node for node in tree.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    common = {*dir(builtins), *keyword.kwlist, *(name.id for node in outside for name in names_in(node))}
+    common |= {node.name for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            common |= {alias.asname or alias.name for alias in node.names}
+        elif isinstance(node, ast.Global):
+            common |= {*node.names}
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
+    bodies = (tree.body, *(each.body for each in classes))
+    functions = [node for body in bodies for node in body if isinstance(node, ast.FunctionDef)]
+    instead: dict[int, dict[str, str]] = {}  # by row
+    for function in functions:
+        inside = list(ast.walk(function))
+        used = Counter(name.id for name in names_in(function))
+        kept = {node.arg for node in inside if isinstance(node, (ast.arg, ast.keyword))} | common
+        kept |= {node.name for node in inside if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        kept |= {name.id for node in inside if isinstance(node, ast.JoinedStr) for name in names_in(node)}
+        own = {node.id for node in inside if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        own |= {node.name for node in inside if isinstance(node, ast.ExceptHandler) and node.name}
+        free = (name for size in (1, 2) for name in map("".join, product(ascii_lowercase, repeat=size)))
+        free = (name for name in free if name not in used and name not in kept)
+        chosen = sorted(own - kept, key=lambda name: (-used[name], name))
+        table = {name: next(free) for name in chosen if len(name) > 2}  # what is short stays: a slim program is slim
+        instead.update(dict.fromkeys(range(function.lineno, (function.end_lineno or 0) + 1), table))
+    lines, before = source.splitlines(keepends=True), ""
+    cuts = []
+    for kind, word, start, end, _ in tokenize.generate_tokens(io.StringIO(source).readline):
+        if kind == tokenize.NAME and before != "." and word in instead.get(start[0], ()):
+            cuts.append(Cut(start, end, instead[start[0]][word]))
+        before = word
+    for (row, column), (_, end_column), name in reversed(cuts):
+        lines[row - 1] = lines[row - 1][:column] + name + lines[row - 1][end_column:]
+    return "".join(lines)
+
+
+def names_in(node: ast.AST) -> Iterator[ast.Name]:
+    return (each for each in ast.walk(node) if isinstance(each, ast.Name))
+
+
+BLOCKS = ("if", "elif", "else", "for", "while", "try", "except", "finally", "with", "def", "class", "@", "async")
+WIDE = 160  # characters of a line: a traceback shows one
+
+
+def folded(source: str) -> str:
+    """A slim program with what fits on one line: simple statements, and a block of them behind its head."""
+    lines = source.splitlines(keepends=True)
+    begin = next((row for row, line in enumerate(lines) if not line.startswith("#")), len(lines))
+    head, depth, first = "".join(lines[:begin]), 0, ""
+    joined: list[tuple[int, str, bool]] = []  # depth, text, whether it is simple
+    for kind, word, _, (row, _), _ in tokenize.generate_tokens(io.StringIO(source).readline):
+        depth += (kind == tokenize.INDENT) - (kind == tokenize.DEDENT)
+        if kind == tokenize.NEWLINE:
+            text, simple = "".join(lines[begin:row]).strip(" \n"), first not in BLOCKS
+            if simple and joined and joined[-1][::2] == (depth, True) and len(joined[-1][1]) + len(text) < WIDE:
+                text = joined.pop()[1] + ";" + text
+            joined.append((depth, text, simple))
+            first, begin = "", row
+        elif kind in (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING):
+            first = first or word
+    out: list[tuple[int, str]] = []
+    for (depth, text, simple), (below, _, _) in zip(joined, [*joined[1:], (0, "", True)]):
+        alone = simple and out and out[-1][0] == depth - 1 and out[-1][1].endswith(":") and below < depth
+        if alone and len(out[-1][1]) + len(text) < WIDE:
+            text = out.pop()[1] + text
+            depth -= 1
+        out.append((depth, text))
+    return head + "".join(" " * depth + text + "\n" for depth, text in out)
 
 
 def install_script(template: str, agent_bytes: bytes) -> str:

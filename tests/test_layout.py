@@ -7,6 +7,7 @@ What a section may do stands in the table RULES, one row for each file.
 from __future__ import annotations
 
 import ast
+import builtins
 import re
 import subprocess
 import symtable
@@ -66,18 +67,30 @@ SERVER_IMPORTS = (
         "ast",
         "base64",
         "bisect",
+        "builtins",
         "collections",
         "functools",
         "gc",
         "heapq",
         "io",
         "itertools",
+        "keyword",
         "logging",
         "random",
         "resource",
         "secrets",
     ),
-    *("shutil", "socketserver", "sqlite3", "tokenize", "types", "urllib.parse", "wsgiref.simple_server", "netclient_lite"),
+    *(
+        "shutil",
+        "socketserver",
+        "sqlite3",
+        "string",
+        "tokenize",
+        "types",
+        "urllib.parse",
+        "wsgiref.simple_server",
+        "netclient_lite",
+    ),
 )
 RULES = {
     "netclient_lite.py": Rules(
@@ -354,7 +367,31 @@ def without_what_is_only_read(source: str) -> str:
             body = getattr(node, part, None)
             if isinstance(body, list):
                 body[:] = [each for each in body if not is_only_read(each)]
+    number_locals(tree)
     return ast.dump(tree)
+
+
+def number_locals(tree: ast.Module) -> None:
+    """Give what is bound within a function, and is neither a parameter nor bound outside, the number of its first appearance.
+
+    Two programs that differ in such names alone, one name for one everywhere in a function, are the same then.
+    """
+    outer = [node for node in tree.body if not isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    known = {each.id for node in outer for each in ast.walk(node) if isinstance(each, ast.Name)} | {*dir(builtins)}
+    known |= {each for node in tree.body for each in [getattr(node, "name", "")]}
+    methods = [each for node in tree.body if isinstance(node, ast.ClassDef) for each in node.body]
+    for function in [node for node in (*tree.body, *methods) if isinstance(node, ast.FunctionDef)]:
+        parameters = {node.arg for node in ast.walk(function) if isinstance(node, ast.arg)}
+        bound = {node.id for node in ast.walk(function) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        bound |= {node.name for node in ast.walk(function) if isinstance(node, ast.ExceptHandler) and node.name}
+        numbers: dict[str, str] = {}
+        for node in ast.walk(function):
+            for part in ("id", "name"):
+                name = getattr(node, part, None)
+                if isinstance(node, (ast.Name, ast.ExceptHandler)) and name in bound - parameters - known:
+                    setattr(node, part, numbers.setdefault(name, f"local{len(numbers)}"))
+            if isinstance(node, ast.Nonlocal):
+                node.names = [numbers.get(name, name) for name in node.names]
 
 
 TRICKY = '''#!/usr/bin/env python3
@@ -370,6 +407,21 @@ class Empty(Exception):
 
 class Kept:
     field: int = 1  # its annotation is the field's
+
+
+def g(first, *, second=2):
+    third = first + second
+    def inner(fourth):
+        nonlocal third
+        third += fourth
+        return [fifth for fifth in range(third) if fifth.third]
+    try:
+        return inner(fourth=third), f"{first}"
+    except ValueError as sixth:
+        seventh = sixth; print(os, TOP, seventh); return f"{seventh!r}"
+
+
+TOP = [third for third in ()]
 
 
 def f(a: "1", b: "Callable[[int], str]"=(1,
