@@ -33,7 +33,7 @@ Contents
     API         one membership's conversation with its server
     RECONCILE   one check-in: exchange, plan, apply, confirm, report
     SERVICE     what makes a check-in happen every 15 s
-    COMMANDS    join, register, leave, checkin, pull, push, list, status, daemon, version
+    COMMANDS    join, register, leave, connect, disconnect, cron, uninstall, checkin, pull, push, list, status, daemon, version
     CLI         the table of commands, the parser, main
 """
 
@@ -394,6 +394,7 @@ def root_folder() -> str:
     return str(environment.get(b"NETCLIENT_ROOT", b"").decode()).rstrip("/")
 
 
+DOWN = "down"  # in place of a server: the user has taken this network down
 HANDED_OVER: dict[str, tuple[int, Answer | None]] = {}  # networks that the quick pass has locked, and its answer
 QUICKLY_DONE: set[str] = set()  # networks for which it was enough
 
@@ -407,6 +408,11 @@ def glance(network: str) -> bool:
     HANDED_OVER[network] = (held, None)
     path = root + "/var/run/netclient/" + network + ".state"
     counters = Counters(read_text(path))
+    if counters.server == DOWN:
+        del HANDED_OVER[network]
+        _os.close(held)
+        QUICKLY_DONE.add(network)
+        return True
     left = counters.due - time.monotonic()
     if not 0 < left <= CHECK_EVERY or counters.mark != machine_mark(counters.interface):
         return False
@@ -1020,6 +1026,7 @@ class Config(Kept):
     wishes: Row = {}
     accept_hooks: bool = False  # run what the server's administrator wants run here
     daemon: str = "on"
+    down: bool = False  # taken down by its user
     hub: str = ""  # the server's URL inside of this network's tunnel
     hosted: str = ""  # the data folder of the server that has its own host join
 
@@ -2097,9 +2104,13 @@ class Run:
             raise CommandFailed(argv, done.returncode, done.stderr or "")
         return done.stdout or ""
 
+    def where(self, program: str) -> str:
+        """The path of a program, "" where there is none."""
+        paths = (os.path.join(place, program) for place in self.environment["PATH"].split(":") if place)
+        return next((path for path in paths if os.access(path, os.X_OK)), "")
+
     def has(self, program: str) -> bool:
-        places = self.environment["PATH"].split(":")
-        return any(os.access(os.path.join(place, program), os.X_OK) for place in places if place)
+        return bool(self.where(program))
 
     def apply(self, steps: Iterable[Step]) -> None:
         """Carry a plan out, in order; the first failure ends it (the next check-in plans anew)."""
@@ -2142,6 +2153,7 @@ class Files:
         try:
             os.makedirs(os.path.dirname(path), 0o700, exist_ok=True)
             handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
+            os.fchmod(handle, mode)  # whatever the umask
             with os.fdopen(handle, "w", encoding="utf-8") as file:
                 file.write(text)
             self.keep(temporary, path)
@@ -2149,6 +2161,16 @@ class Files:
             self._discard(temporary)
             raise NetclientError(f"cannot write {path} ({bad.strerror}): the old file is untouched; make room") from bad
         return True
+
+    def remove_folders(self, *paths: str) -> None:
+        """Folders that are empty by now; of those on tmpfs what is in them too."""
+        for path in paths:
+            with contextlib.suppress(OSError):
+                for name in os.listdir(path) if path.endswith("/run/netclient") and not self.dry else ():
+                    os.unlink(f"{path}/{name}")
+            with contextlib.suppress(OSError):
+                if not self.dry:
+                    os.rmdir(path)
 
     def edit(self, path: str, text: str) -> None:
         """Replace a file of somebody else's, as `read_exact` read it: mode and owner stay; a mount is written in place."""
@@ -3705,6 +3727,15 @@ class Node:
         self.save_memory()
         self.save_counters()
 
+    def rest(self) -> None:
+        """Nothing to do until it is taken up again: what the no-change check-in and netclient-look know of that."""
+        self.counters.server = DOWN
+        self.memory = Memory({"view": self.memory.view.values()})
+        if not self.run.dry:
+            self.save_memory()
+            self.save_counters()
+            self.files.volatile(self.file("seen"), DOWN + "\n")
+
     def _tried(self, key: str) -> bool:
         live = self._live.peers.get(key)
         return live is not None and bool(live.endpoint) and live.keepalive > 0
@@ -3748,6 +3779,9 @@ def check_in(context: Context, network: str, afresh: bool = False, retell: bool 
         return False
     try:
         node, done = Node.load(context, network), False
+        if node.config.down:
+            node.rest()
+            return False
         if retell:
             node.memory.facts, node.memory.wishes, node.memory.seen, node.memory.mute = {}, {}, {}, {}
         try:
@@ -3757,13 +3791,14 @@ def check_in(context: Context, network: str, afresh: bool = False, retell: bool 
         except BadAnswer as bad:
             raise Unreachable(str(bad)) from bad
         finally:
-            if network in context.paths.networks() and not context.run.dry:
+            if network in context.paths.networks() and not context.run.dry and not node.config.down:
                 node.finish(done)
     finally:
         os.close(held)
 
 
 OUTSIDE = {  # states of a node without peers
+    "down": "taken down here: `netclient-lite connect` takes it up",
     "pending": "waiting for the administrator's approval",
     "disabled": "disabled: no peers until an administrator enables it",
     "expired": "its time is over: no peers until an administrator extends it",
@@ -3866,7 +3901,25 @@ py={python} code={bytecode}
 exec {fallback} "$@"
 """
 
+MADE = "# Made by netclient-lite for --daemon {mode}"
+# 15 s from start to start, however long a check-in takes
+LOOP = "while :; do sleep 15 & {launcher} checkin -n all; wait; done"
+
+
+class Init(NamedTuple):
+    """An init system: a path that is there where it runs, a program that it needs, files (path, mode, text), and the commands
+    that start and stop. Words in braces are those of `words_for`.
+    """
+
+    sign: str
+    program: str
+    files: tuple[tuple[str, int, str], ...]
+    start: tuple[str, ...]
+    stop: tuple[str, ...]
+
+
 SYSTEMD_SERVICE = """[Unit]
+{made}
 Description=netclient-lite: {what}
 After=network-online.target
 Wants=network-online.target
@@ -3878,8 +3931,8 @@ ExecStart={launcher} {verb}
 KillMode=process
 {more}
 """
-
 SYSTEMD_TIMER = """[Unit]
+{made}
 Description=netclient-lite: a check-in every 15 s
 
 [Timer]
@@ -3890,39 +3943,211 @@ OnBootSec=1s
 [Install]
 WantedBy=timers.target
 """
+# procd and OpenRC start what has ended again: for a check-in that is a timer
+PROCD = """#!/bin/sh /etc/rc.common
+{made}
+START=95
+STOP=05
+USE_PROCD=1
+
+start_service() {{
+	procd_open_instance
+	procd_set_param command {launcher} {verb}
+	procd_set_param respawn 3600 {pause} 0
+	procd_set_param stderr 1
+	procd_close_instance
+}}
+"""
+OPENRC = """#!/sbin/openrc-run
+{made}
+description="netclient-lite: {what}"
+supervisor=supervise-daemon
+command={launcher}
+command_args="{verb}"
+respawn_delay={pause}
+respawn_max=0
+
+depend() {{
+	need net
+	after firewall ntp-client
+}}
+"""
+RUNIT = """#!/bin/sh
+{made}
+exec 2>&1
+{loop}
+"""
+SYSV = """#!/bin/sh
+### BEGIN INIT INFO
+# Provides:          netclient
+# Required-Start:    $network $remote_fs
+# Required-Stop:     $network $remote_fs
+# Default-Start:     2 3 4 5
+# Default-Stop:      0 1 6
+# Short-Description: netclient-lite: {what}
+### END INIT INFO
+{made}
+file=/var/run/netclient.pid
+runs() {{
+	[ -f $file ] && kill -0 "$(cat $file)" 2>/dev/null
+}}
+case ${{1:-}} in
+start)
+	runs || {{
+		({loop}) </dev/null >/dev/null 2>&1 &
+		echo $! >$file
+	}}
+	;;
+stop)
+	! runs || kill "$(cat $file)"
+	rm -f $file
+	;;
+restart | force-reload)
+	"$0" stop
+	"$0" start
+	;;
+status) runs ;;
+*)
+	echo "usage: $0 start|stop|restart|status" >&2
+	exit 2
+	;;
+esac
+"""
+SCRIPT = "/etc/init.d/netclient"
+UNITS = "/etc/systemd/system/netclient."
+INITS = (
+    Init(
+        "/run/systemd/system",
+        "systemctl",
+        ((UNITS + "service", 0o644, SYSTEMD_SERVICE), (UNITS + "timer", 0o644, SYSTEMD_TIMER)),
+        ("systemctl daemon-reload", "systemctl enable --now netclient.{unit}"),
+        ("systemctl disable --now netclient.timer netclient.service",),
+    ),
+    Init(
+        "/sbin/procd",
+        "sh",
+        ((SCRIPT, 0o755, PROCD),),
+        (SCRIPT + " enable", SCRIPT + " restart"),
+        (SCRIPT + " stop", SCRIPT + " disable"),
+    ),
+    Init(
+        "/run/openrc",
+        "rc-service",
+        ((SCRIPT, 0o755, OPENRC),),
+        ("rc-update add netclient default", "rc-service netclient restart"),
+        ("rc-service netclient stop", "rc-update del netclient default"),
+    ),
+    Init(
+        "/run/runit",
+        "sv",
+        (("/etc/sv/netclient/run", 0o755, RUNIT),),
+        ("ln -sfn /etc/sv/netclient {folder}/netclient",),
+        ("sv down {folder}/netclient", "rm -f {folder}/netclient"),
+    ),
+    *(
+        Init("/etc/inittab", program, ((SCRIPT, 0o755, SYSV),), (add, SCRIPT + " restart"), (SCRIPT + " stop", remove))
+        for program, add, remove in (
+            ("update-rc.d", "update-rc.d netclient defaults", "update-rc.d -f netclient remove"),
+            ("chkconfig", "chkconfig --add netclient", "chkconfig --del netclient"),
+        )
+    ),
+)
 
 
-class Systemd:
-    """systemd: a service and its timer, or the resident daemon."""
+def words_for(mode: str, launcher: str) -> dict[str, str]:
+    """What stands in an init system's files and commands for `--daemon on` or `resident`."""
+    folder = "/var/service" if os.path.isdir("/var/service") else "/etc/service"
+    resident = mode == "resident"
+    more = "Restart=always\nRestartSec=5\n\n[Install]\nWantedBy=multi-user.target" if resident else ""
+    what, kind, unit = ("stay and apply changes", "exec", "service") if resident else ("check in every 15 s", "oneshot", "timer")
+    verb, pause = ("daemon", "5") if resident else ("checkin -n all", "15")
+    loop = f"exec {launcher} daemon" if resident else LOOP.format(launcher=launcher)
+    words = {"made": MADE.format(mode=mode), "what": what, "kind": kind, "unit": unit, "verb": verb, "pause": pause}
+    return {**words, "launcher": launcher, "loop": loop, "more": more, "folder": folder}
 
-    name = "systemd"
-    folder = "/etc/systemd/system"
+
+class Service:
+    """What the init system of this machine does for the agent."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
-
-    def is_supported(self) -> bool:
-        return os.path.isdir("/run/systemd/system") and not self.context.paths.root and self.context.run.has("systemctl")
+        here = [init for init in INITS if os.path.exists(init.sign) and context.run.has(init.program)]
+        self.init = here[0] if here and not context.paths.root else None
 
     def install(self, mode: str, launcher: str) -> None:
-        write = self.context.files.write
-        more = "Restart=always\nRestartSec=5\n\n[Install]\nWantedBy=multi-user.target"
-        resident = ("stay and apply changes", "exec", "daemon", more)
-        what, kind, verb, more = resident if mode == "resident" else ("check in", "oneshot", "checkin -n all", "")
-        text = SYSTEMD_SERVICE.format(what=what, kind=kind, launcher=launcher, verb=verb, more=more)
-        changed = write(self.folder + "/netclient.service", text, 0o644)
-        changed = (mode == "on" and write(self.folder + "/netclient.timer", SYSTEMD_TIMER, 0o644)) or changed
-        unit = "netclient.service" if mode == "resident" else "netclient.timer"
-        steps = [Step(("systemctl", "daemon-reload"), "reload units")] if changed else []
-        self.context.run.apply([*steps, Step(("systemctl", "enable", "--now", unit), "start " + unit)])
+        """Write its files and start it. A script that is not ours, as a package has it, stays as it is."""
+        if self.init is None:
+            raise NetclientError("no init system that this agent knows runs here")
+        words = words_for(mode, launcher)
+        texts = {path: (text.format(**words), kind) for path, kind, text in self.init.files}
+        texts = {path: each for path, each in texts.items() if not (mode == "resident" and path.endswith(".timer"))}
+        if any(read_text(path) not in (text, "") and self._is_ours(path) for path, (text, _) in texts.items()):
+            self.remove()
+        for path, (text, kind) in texts.items():
+            if not os.path.exists(path) or self._is_ours(path):
+                self.context.files.write(path, text, kind)
+        self._do(self.init.start, words)
 
     def remove(self) -> None:
-        if not self.is_supported():
-            return
-        for unit in ("netclient.timer", "netclient.service"):
-            if os.path.exists(self.folder + "/" + unit):
-                self.context.run.apply([Step(("systemctl", "disable", "--now", unit), "stop " + unit)])
-                self.context.files.remove(self.folder + "/" + unit)
+        ours = [path for path, _, _ in self.init.files if self._is_ours(path)] if self.init else []
+        for command in self.init.stop if self.init and ours else ():
+            with contextlib.suppress(CommandFailed):
+                self._do((command,), words_for("on", ""))
+        for path in ours:
+            self.context.files.remove(path)
+
+    def _is_ours(self, path: str) -> bool:
+        return MADE[:30] in read_text(path)
+
+    def _do(self, commands: Words, words: Mapping[str, str]) -> None:
+        self.context.run.apply([Step(tuple(command.format(**words).split()), "the service") for command in commands])
+
+
+# Of each cron: a path that is there, its file, how a line begins, what makes it read the file.
+PLAIN, ROOT = "* * * * * ", "* * * * * root "
+CRONS = (
+    ("/etc/openwrt_release", "/etc/crontabs/netclient", PLAIN, ("/etc/init.d/cron enable", "/etc/init.d/cron restart")),
+    ("/etc/synoinfo.conf", "/etc/crontab", "*\t*\t*\t*\t*\troot\t", ("synoservice --restart crond", "systemctl restart crond")),
+    ("/etc/config/qpkg.conf", "/etc/config/crontab", PLAIN, ("crontab /etc/config/crontab", "/etc/init.d/crond.sh restart")),
+    ("/opt/etc/crontab", "/opt/etc/crontab", ROOT, ("/opt/etc/init.d/S10cron restart",)),
+    ("/etc/cron.d", "/etc/cron.d/netclient", ROOT, ()),
+    ("/etc/crontabs", "/etc/crontabs/root", PLAIN, ()),
+    ("/var/spool/cron/crontabs", "/var/spool/cron/crontabs/root", PLAIN, ()),
+)
+
+
+def cron_lines(start: str, command: str) -> list[str]:
+    """Every 15 s by a cron whose grain is a minute."""
+    return [start + (f"sleep {second}; " if second else "") + command for second in (0, 15, 30, 45)]
+
+
+def set_cron(context: Context, launcher: str, on: bool) -> bool:
+    """Have this machine's cron check in, or not any more; other lines of its file stay as they are. Whether anything changed."""
+    root, run = context.paths.root, context.run
+    _, file, start, after = cron_here(context)
+    before = read_exact(root + file)
+    lines = cron_lines(start, run.where("netclient-look") or launcher + " checkin -n all") if on else []
+    text = with_names(before, "cron", lines)
+    if text == before:
+        return False
+    if text:
+        context.files.edit(root + file, text)
+    else:
+        context.files.remove(root + file)
+    for words in [command.split() for command in after if run.has(command.split()[0])]:
+        try:
+            run.apply([Step(tuple(words), "have cron read it")])
+        except CommandFailed as bad:
+            context.say(str(bad))
+    return True
+
+
+def cron_here(context: Context) -> tuple[str, str, str, tuple[str, ...]]:
+    """The row of this machine's cron; NetclientError where there is none."""
+    for row in CRONS:
+        if os.path.exists(context.paths.root + row[0]):
+            return row
+    raise NetclientError("no cron was found here: install one (cron, cronie), or have anything call the check-in every 15 s")
 
 
 # What the launcher starts: the first section alone, so that the check-in that changes nothing does not read the rest.
@@ -3978,19 +4203,14 @@ def _compile(context: Context, source: str, bytecode: str) -> None:
 
 def install_service(context: Context, mode: str) -> None:
     """Have a check-in happen every 15 s, or the daemon stay; where it cannot, say what to do."""
+    launcher = context.paths.home + "/netclient"
     try:
         launcher = settle_in(context)
-        if mode == "off":
-            return
-        systemd = Systemd(context)
-        if systemd.is_supported():
-            systemd.install(mode, launcher)
-            return
+        if mode != "off":
+            Service(context).install(mode, launcher)
     except (NetclientError, OSError) as bad:
-        context.say(f"the service could not be set up: {bad}")
-        return
-    ways = f"`{launcher} checkin -n all` every 15 s (cron/README.md), or keep `{launcher} daemon` running"
-    context.say("no init system that this agent knows runs here: have cron call " + ways)
+        cron = "have cron check in (`netclient-lite cron on`, or cron/README.md)"
+        context.say(f"the service could not be set up: {bad}: {cron}, or keep `{launcher} daemon` running")
 
 
 def nudge_daemon(context: Context) -> None:
@@ -4255,6 +4475,7 @@ def update(node: Node, options: Options) -> ExitStatus:
     if options.interface not in (None, config.interface) or options.privatekey:
         raise UsageError(f"{config.network} is joined already: --interface and --privatekey need --force, which joins anew")
     config.wishes.update(wishes)
+    config.down = False
     for name, value in {**chosen, **({"daemon": options.daemon} if options.daemon else {})}.items():
         setattr(config, name, value)
     if options.port is not None and options.port != config.port:
@@ -4292,7 +4513,60 @@ def cmd_leave(context: Context, options: Options) -> ExitStatus:
     for network in chosen_networks(context, options):
         leave(context, network)
     if not context.paths.networks():
-        Systemd(context).remove()
+        Service(context).remove()
+    nudge_daemon(context)
+    return ExitStatus.OK
+
+
+def cmd_uninstall(context: Context, options: Options) -> ExitStatus:
+    """Leave all networks, and take away what the agent has put on this machine; root's hooks stay."""
+    need_root("uninstall")
+    options.network = "all"
+    cmd_leave(context, options)
+    with contextlib.suppress(NetclientError):
+        set_cron(context, "", False)
+    home = context.paths.home
+    for name in ("netclient", "netclient_quick.pyc", "netclient_lite.pyc", "netclient_lite.py"):
+        context.files.remove(home + "/" + name)
+    staged = context.paths.staged()
+    context.files.remove_folders(staged.config, context.paths.config, home, staged.run, context.paths.run)
+    print("what the agent had put on this machine " + ("would be" if context.run.dry else "is") + " removed")
+    return ExitStatus.OK
+
+
+def cmd_cron(context: Context, options: Options) -> ExitStatus:
+    """Check-ins by cron, for machines whose init system starts nothing every 15 s."""
+    if options.action == "show":
+        command = context.run.where("netclient-look") or context.paths.home + "/netclient checkin -n all"
+        print("\n".join(cron_lines(cron_here(context)[2], command)))
+        return ExitStatus.OK
+    need_root("cron")
+    on = options.action == "on"
+    changed = set_cron(context, settle_in(context) if on else "", on)
+    print(f"{cron_here(context)[1]}: " + ("check-ins every 15 s" if on else "no check-ins") + ("" if changed else ", as before"))
+    return ExitStatus.OK
+
+
+def cmd_connect(context: Context, options: Options) -> ExitStatus:
+    """Take networks up or down without leaving them; down they stay, also over a reboot."""
+    need_root(options.verb)
+    if not options.network:
+        raise UsageError(f"{options.verb} needs -n NETWORK, or -n all")
+    for network in chosen_networks(context, options):
+        held = _locked(context, network)
+        try:
+            node = Node.load(context, network)
+            node.config.down = options.verb == "disconnect"
+            node.files.write(node.file("netconfig"), node.config.text())
+            if node.config.down:
+                take_down(context, network, node.config.interface)
+                node.rest()
+        finally:
+            os.close(held)
+        if not node.config.down:
+            check_in(context, network)
+        would = "would be " if context.run.dry else ""
+        print(f"{network}: {would}{'down (connect takes it up again)' if node.config.down else 'up'}")
     nudge_daemon(context)
     return ExitStatus.OK
 
@@ -4386,10 +4660,16 @@ def stay_for_neighbours(context: Context, began: float) -> None:
         os.close(held)
 
 
+def awake(context: Context) -> list[str]:
+    """The networks that their user has not taken down."""
+    kept = ((network, _loaded(read_text(context.paths.of("netconfig", network)))) for network in context.paths.networks())
+    return [network for network, config in kept if not config.get("down")]
+
+
 def listen(context: Context, end: float) -> None:
     """Answer in the LANs for this machine's nodes until `end` (monotonic); check in where a lost neighbour is heard of."""
     own: dict[str, Told] = {}
-    for network in context.paths.networks():
+    for network in awake(context):
         with contextlib.suppress(NetclientError):
             node = Node.load(context, network)
             if node.memory.view.me.get("group"):
@@ -4489,7 +4769,7 @@ def status_of(node: Node) -> Row:
         "interface": node.config.interface,
         **{"address": view.me.get("ip", ""), "address6": view.me.get("ip6", "")},
         "server": node.counters.server if node.counters.server != "-" else node.config.servers[0],
-        "state": view.state,
+        "state": "down" if node.config.down else view.state,
         "connected": actual.exists and actual.up,
         "revision": view.word,
         "last_exchange": int(wall - now + exchanged) if 0 < exchanged <= now else None,
@@ -4560,7 +4840,7 @@ def cmd_daemon(context: Context, options: Options) -> ExitStatus:
         again.clear()
         if follower:
             follower.look()
-        for network in context.paths.networks():
+        for network in awake(context):
             if network not in watchers or not watchers[network].is_alive():
                 watchers[network] = threading.Thread(target=stay, args=(context, network, stop, again), daemon=True)
                 watchers[network].start()
@@ -4620,7 +4900,7 @@ def stay(context: Context, network: str, stop: threading.Event, again: threading
 def follow(context: Context, network: str, stop: threading.Event) -> None:
     """The daemon's work for one network: check in, then wait for a new word. Says a failure once."""
     said = ""
-    while not stop.is_set() and network in context.paths.networks():
+    while not stop.is_set() and network in awake(context):
         began = time.monotonic()
         try:
             check_in(context, network, patience=LONGEST)
@@ -4679,6 +4959,10 @@ COMMANDS = (
         "register", cmd_join, "join a hub network, through which the server is reached from then on", (*JOIN_FLAGS, "dry-run")
     ),
     Command("leave", cmd_leave, "leave networks (-n NET or all), also with the server gone", ("network", "dry-run")),
+    Command("connect", cmd_connect, "take networks up again", ("network", "dry-run")),
+    Command("disconnect", cmd_connect, "take networks down without leaving them", ("network", "dry-run")),
+    Command("cron", cmd_cron, "check-ins every 15 s by cron: on, off, or show the lines", ("dry-run",)),
+    Command("uninstall", cmd_uninstall, "leave all networks and remove the agent's files", ("dry-run",)),
     Command(
         "checkin",
         cmd_checkin,
@@ -4720,6 +5004,8 @@ def build_parser() -> argparse.ArgumentParser:
         for name, text in SWITCHES:
             shown = text if name in command.flags or name == "verbose" else argparse.SUPPRESS
             verb.add_argument("--" + name, *(["-v"] if name == "verbose" else []), action="store_true", help=shown)
+        if command.name == "cron":
+            verb.add_argument("action", nargs="?", default="show", choices=("on", "off", "show"))
         verb.set_defaults(command=command)
     return parser
 

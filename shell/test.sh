@@ -38,11 +38,12 @@ dbus-daemon dbus-daemon
 valgrind valgrind
 zbarimg zbar-tools
 curl curl
-qemu-system-x86_64 qemu-system-x86'
+qemu-system-x86_64 qemu-system-x86
+systemd-analyze systemd'
 
 # Packages that would take over this machine's resolver, or its kernel, or exclude one of TOOLS (a BusyBox that asks the PATH before
 # its own applets): they are unpacked beside the virtual environment's programs, and run by tests alone.
-PARTS='systemd-resolved openresolv resolvconf linux-image-cloud-amd64 busybox'
+PARTS='systemd-resolved openresolv resolvconf linux-image-cloud-amd64 busybox runit'
 COREDNS=github.com/coredns/coredns@v1.11.3
 
 fast=no

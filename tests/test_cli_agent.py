@@ -103,7 +103,7 @@ def test_the_help_lists_every_verb(netclient):
     outcome = netclient("--help")
     assert outcome.status == 0
     for verb in VERBS:
-        assert re.search(rf"^ +{verb} ", outcome.out, re.M), verb
+        assert re.search(rf"^ +{verb}\s", outcome.out, re.M), verb
 
 
 def test_the_verbs_that_the_docstring_names_are_there():

@@ -236,7 +236,7 @@ def test_nothing_stays(street: Street) -> None:
     namespaces = {netns(host.pid) for host in hosts}
     hosts[0].start("sh", "-c", "trap '' INT TERM HUP; setsid sleep 60 & sleep 60")
     assert len(namespaces) == len(hosts) == 6
-    assert sum(len(living(each)) for each in namespaces) >= 10
+    wait_for(lambda: sum(len(living(each)) for each in namespaces) >= 10, 5, "what was started")
     lab.close()
     assert [living(each) for each in namespaces] == [[]] * 6
     assert not folder.exists()
