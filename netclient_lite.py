@@ -2026,14 +2026,21 @@ def section(network: str) -> str:
 def plan_uci(network: str, rules: Rules | None, zones: Mapping[str, str], listed: str) -> str:
     """What to feed to `uci batch`, from `uci show firewall` and the zones of the interfaces; "" when nothing differs.
 
-    A zone for the interface, rules to and from other zones for what passes, and a rule for the WireGuard port.
+    A zone for the interface (not where one of the package's is for all of ours), rules to and from other zones for what passes,
+    and a rule for the WireGuard port.
     """
     base = section(network)
     made: list[tuple[str, dict[str, str]]] = []
+    found = re.search(r"(?m)^firewall\.(\w+)\.device=.*'nm-\+'", listed)
+    shared = re.search(rf"(?m)^firewall\.{found.group(1)}\.name='(\w+)'", listed) if found else None
+    if rules and shared and rules.interface.startswith("nm-"):
+        zones = {name: shared.group(1) if zone == base else zone for name, zone in zones.items()}
+    else:
+        shared = None
     if rules:
         kinds = {4: "ipv4", 6: "ipv6"}
         shut = {"input": "ACCEPT", "output": "ACCEPT", "forward": "REJECT", "mtu_fix": "1"}
-        made.append(("zone", {"name": base, "device": rules.interface, **shut}))
+        made += [] if shared else [("zone", {"name": base, "device": rules.interface, **shut})]
         made.append(("rule", {"src": "*", "proto": "udp", "dest_port": str(rules.port), "target": "ACCEPT"}))
         for flow in rules.passed:
             if not flow.back:  # fw4 lets answers through by itself
@@ -3161,6 +3168,7 @@ class Node:
         self.paths, self.files, self.run = context.paths, context.files, context.run
         self.system = context.system
         self.counters = Counters(read_text(self.file("state")))
+        self.counters.server = "-" if self.counters.server == DOWN else self.counters.server
         self.memory = self._remembered()
         self.session = Session(config, secret, self.counters, self.save_counters, self.system)
         self.place = Place()
@@ -4171,10 +4179,12 @@ def settle_in(context: Context) -> str:
     source, whole, fallback = here, here, "netclient-lite"  # bytecode without a source is used where it is
     if not here.endswith(".py"):
         source = ""
-    elif "/site-packages/" in here or "/dist-packages/" in here:
+    elif re.search("/(site|dist)-packages/|^/usr/lib/", here):  # a package's: it is used where it is
         from importlib.util import cache_from_source
 
         whole, fallback = cache_from_source(here), f"{sys.executable} {here}"
+        if not os.path.exists(whole):
+            _compile(context, here, whole)
     else:
         source, whole = home + "/netclient_lite.py", home + "/netclient_lite.pyc"
         context.files.write(source, read_text(here), 0o755)

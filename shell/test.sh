@@ -39,7 +39,8 @@ valgrind valgrind
 zbarimg zbar-tools
 curl curl
 qemu-system-x86_64 qemu-system-x86
-systemd-analyze systemd'
+systemd-analyze systemd
+make make'
 
 # Packages that would take over this machine's resolver, or its kernel, or exclude one of TOOLS (a BusyBox that asks the PATH before
 # its own applets): they are unpacked beside the virtual environment's programs, and run by tests alone.

@@ -231,6 +231,7 @@ def test_down_and_up_again_and_away(lab: Lab) -> None:
         host.reboot()
     assert host.run("sh", "-c", "ls /etc/netclient/config").stdout == before
     assert "taken down here" in host.agent("status").stdout
+    host.agent("disconnect", "-n", "demo")
     assert host.agent("connect", "-n", "all").stdout == "demo: up\n" and there()
     mesh.settle([one, two])
     assert not host.ping(address, count=2).lost
