@@ -33,7 +33,8 @@ Contents
     API         one membership's conversation with its server
     RECONCILE   one check-in: exchange, plan, apply, confirm, report
     SERVICE     what makes a check-in happen every 15 s
-    COMMANDS    join, register, leave, connect, disconnect, cron, uninstall, checkin, pull, push, list, status, daemon, version
+    COMMANDS    join, register, leave, connect, disconnect, cron, uninstall, checkin, pull, push, list, status, doctor, daemon,
+                version
     CLI         the table of commands, the parser, main
 """
 
@@ -2398,6 +2399,13 @@ class System:
                     found[version] = str(sock.getsockname()[0])
         return found
 
+    def resolved(self, name: str) -> list[str]:
+        """The addresses that this machine's resolver has for a name."""
+        try:
+            return [str(found[4][0]) for found in _socket.getaddrinfo(name, None)]
+        except OSError:
+            return []
+
     def lan_hash(self) -> str:
         """A hash of the default gateway's MAC: machines that have the same one are in the same LAN."""
         gateway = parse_default_gateway(read_text("/proc/net/route"))[1]
@@ -4750,7 +4758,9 @@ def path_to(node: Node, record: Fields, live: LivePeer) -> Row:
     if not peer:
         return {"path": "none", "via": "", "why": "kept apart by an administrator"}
     if record["key"] not in node.fresh:
-        return {"path": "none", "via": "", "why": apart(record, node.place)}
+        ago = int(time.time()) - live.handshake
+        silent = f"no answer for {ago} s" if live.handshake else "no answer yet" if live.endpoint else "it has to call first"
+        return {"path": "none", "via": "", "why": apart(record, node.place) or silent}
     known = {**record, "found": node.memory.found.get(record["id"], "")}
     near = live.endpoint in (known.get("local"), known["found"]) and live.endpoint not in (known.get("seen"), known.get("at"))
     why = next((text for kind, text in REASONS.items() if known.get(kind) == live.endpoint), "where its packets come from")
@@ -4943,6 +4953,227 @@ def wait_for_word(context: Context, network: str, stop: threading.Event, failed:
     return ""
 
 
+class Finding(NamedTuple):
+    """What `doctor` found. level: ok, warn (works, but) or bad; cure: a command where there is one."""
+
+    level: str
+    check: str
+    what: str
+    cure: str = ""
+
+
+# By a program that is here: how it installs, and what it calls the packages that are named otherwise elsewhere.
+INSTALLERS = {
+    "opkg": ("opkg install", {"ip": "ip-full", "wireguard-go": "kmod-wireguard"}),
+    "apk": ("apk add", {"ping": "iputils"}),
+    "apt-get": ("apt-get install", {"ping": "iputils-ping"}),
+    **{name: (name + " install", {"ping": "iputils", "ip": "iproute"}) for name in ("dnf", "yum", "zypper")},
+    "pacman": ("pacman -S", {"ping": "iputils"}),
+}
+PACKAGES = {"wg": "wireguard-tools", "ip": "iproute2", "ping": "iputils-ping"}
+
+
+def install_hint(run: Run, name: str) -> str:
+    for program, (how, others) in INSTALLERS.items():
+        if run.has(program):
+            return f"{how} {others.get(name, PACKAGES.get(name, name))}"
+    return f"install {PACKAGES.get(name, name)}"
+
+
+def diagnose_machine(context: Context) -> Iterator[Finding]:
+    """What has nothing to do with one network."""
+    paths, run = context.paths, context.run
+    if os.geteuid():
+        yield Finding("warn", "root", "without root most cannot be looked at", "sudo netclient-lite doctor")
+    for name in ("wg", "ip", "ping"):
+        if not run.has(name):
+            yield Finding("warn" if name == "ping" else "bad", "tools", f"{name} is not installed", install_hint(run, name))
+    userspace = UserspaceWireGuard(run)
+    if not os.path.isdir("/sys/module/wireguard") and not userspace.is_supported():
+        what = "no WireGuard: no kernel module is loaded, and " + (
+            "/dev/net/tun is missing for " + userspace.programs[0] if userspace.programs else "no userspace program is here"
+        )
+        yield Finding("bad", "wireguard", what, f"modprobe wireguard, or {install_hint(run, 'wireguard-go')}")
+    files = [paths.of(kind, network) for network in paths.networks() for kind in (*MEMBERSHIP, "peers")]
+    files = [path for path in files if os.path.exists(path)]
+    behind = max([1.7e9, *map(os.path.getmtime, files)]) - time.time()
+    if behind > 60:
+        yield Finding(
+            "bad", "clock", f"the clock is {behind:.0f} s behind the agent's own files", "set it: ntpd -q -n -p pool.ntp.org"
+        )
+    for path in files:
+        if os.stat(path).st_mode & 0o077:
+            yield Finding("bad", "files", f"{path} can be read by others", f"chmod 600 {path}")
+    for path, least, kind in ((paths.home, 512, "flash"), (paths.run, 64, "tmpfs")):
+        if os.path.isdir(path):
+            free = os.statvfs(path)
+            kib = free.f_bavail * free.f_frsize // 1024
+            if kib < least:
+                yield Finding(
+                    "bad", "space", f"{kib} KiB are free for {path} ({kind}): changes cannot be written", f"make room: df {path}"
+                )
+    mounts = [line.split() for line in read_text("/proc/mounts").splitlines()]
+    where = os.path.realpath(paths.run)
+    inside_of = [word for word in mounts if len(word) > 2 and (where + "/").startswith(word[1].rstrip("/") + "/")]
+    if inside_of and max(inside_of, key=lambda word: len(word[1]))[2] not in ("tmpfs", "ramfs"):
+        yield Finding(
+            "warn", "tmpfs", f"{where} is no tmpfs: every check-in writes to that disk", f"mount -t tmpfs tmpfs {where}"
+        )
+    if not paths.networks():
+        yield Finding("warn", "networks", "no network is joined", "netclient-lite join -t TOKEN")
+
+
+def diagnose(context: Context, network: str) -> Iterator[Finding]:
+    """What is wrong with one network here."""
+    try:
+        node = Node.load(context, network)
+    except NetclientError as bad:
+        yield Finding("bad", "files", str(bad), f"netclient-lite join -t TOKEN --force, or leave -n {network}")
+        return
+    view, interface, system, run = node.memory.view, node.config.interface, node.system, context.run
+    if node.config.down:
+        yield Finding("warn", "state", "it is taken down", f"netclient-lite connect -n {network}")
+        return
+    if view.state in OUTSIDE:
+        yield Finding("warn", "state", OUTSIDE[view.state], "ask the administrator")
+    yield from diagnose_servers(node)
+    if not (run.has("wg") and run.has("ip")) or os.geteuid() or not view.me:
+        return
+    again = f"netclient-lite checkin -n {network} --force"
+    actual, links = node.read(), system.links()
+    if not actual.exists or not actual.up:
+        yield Finding("bad", "interface", f"{interface} is " + ("down" if actual.exists else "not there"), again)
+        return
+    with contextlib.suppress(NetclientError):
+        wanted = node.desired(view)
+        steps = plan(actual, wanted, KernelWireGuard(run).create(interface))
+        for step in steps[:3]:
+            yield Finding("warn", "interface", f"not as it should be; to do: {step.why}", again)
+    mine = [view.me[width] for width in ("range", "range6") if view.me.get(width)]
+    for text, name in system.subnets(links).items():
+        if any(inside(text.split("/")[0], [each]) or inside(each.split("/")[0], [text]) for each in mine):
+            cure = "give the network another range (netmaker-lite network set), or that interface"
+            yield Finding("bad", "addresses", f"{text} on {name} overlaps with the network's {' '.join(mine)}", cure)
+    if system.is_strict(interface):
+        cure = f"sysctl -w net.ipv4.conf.all.rp_filter=2 net.ipv4.conf.{interface}.rp_filter=2"
+        yield Finding("warn", "rp_filter", "strict reverse path filtering drops what comes back another way", cure)
+    if any(roles(view)) and read_text(f"{IPV4}{interface}/forwarding").strip() == "0" and view.me.get("forwarding", True):
+        yield Finding("bad", "forwarding", f"this node is to forward, but {interface} does not", again)
+    yield from diagnose_firewall(context, actual.port)
+    for record in node.others():
+        live = actual.peers.get(record["key"], NEVER)
+        way = path_to(node, record, live)
+        if way["path"] == "none":
+            yield Finding(
+                "warn", "peers", f"{record['name']} is not reached: {way['why']}", "netclient-lite doctor, on that machine"
+            )
+        if live.endpoint:
+            yield from diagnose_route(node, record["name"], split_endpoint(live.endpoint)[0])
+    yield from diagnose_mtu(node, actual)
+    name, own = f"{view.me.get('name', '')}.{network}", view.me.get("ip") or view.me.get("ip6", "")
+    if view.me.get("dns") and node.memory.names and own not in system.resolved(name):
+        yield Finding("warn", "names", f"{name} does not resolve to {own}", again)
+
+
+def diagnose_servers(node: Node) -> Iterator[Finding]:
+    """Each of its URLs: reached, genuine, at the same time as we."""
+    for url in node.config.servers:
+        config = Config({**node.config.values(), "servers": [url], "hub": ""})
+        try:
+            answer = Session(config, node.secret, Counters(), lambda: None, node.system).prove()
+        except (NetclientError, BadAnswer) as bad:
+            cure = (
+                "ask its administrator whether that is right"
+                if "key" in str(bad)
+                else "is it running, and its TCP port open on the way?"
+            )
+            yield Finding("bad", "server", str(bad), cure)
+            continue
+        off = answer.time - time.time()
+        if abs(off) > 60:
+            yield Finding(
+                "warn", "clock", f"{url} has a time {off:+.0f} s from ours", "set the clock: ntpd -q -n -p pool.ntp.org"
+            )
+        own = {text.split("/")[0] for text in node.homes}
+        nat = "no NAT" if answer.address in own else "behind NAT" if is_public(answer.address) else "in its LAN"
+        yield Finding("ok", "server", f"{url} is genuine, and sees this machine as {answer.address} ({nat})")
+    last = time.monotonic() - node.memory.exchanged
+    if node.memory.exchanged and last > 2 * CHECK_EVERY:
+        cure = "netclient-lite cron on, or join once more with --daemon on"
+        yield Finding("warn", "service", f"the last full check-in was {last:.0f} s ago: nothing starts them", cure)
+
+
+def diagnose_firewall(context: Context, port: int) -> Iterator[Finding]:
+    """Whether a firewall drops what comes to the WireGuard port. What it says is a hint: rules can be anything."""
+    run = context.run
+    try:
+        text = run("nft", "list", "ruleset") if run.has("nft") else run("iptables", "-S") if run.has("iptables") else ""
+    except CommandFailed:
+        return
+    dropping = re.search(r"hook input [^\n]*policy drop|-P INPUT DROP", text)
+    if dropping and str(port) not in text:
+        cure = f"nft insert rule inet filter input udp dport {port} accept (the chain's name may differ)"
+        if run.has("uci"):
+            cure = "install the OpenWrt package, or a firewall rule for udp port %d from wan" % port
+        yield Finding(
+            "warn",
+            "firewall",
+            f"input is dropped unless asked for, with no rule for UDP port {port}: others cannot call first",
+            cure,
+        )
+
+
+def diagnose_route(node: Node, name: str, address: str) -> Iterator[Finding]:
+    """Whether packets to an endpoint leave by a real interface, and not into somebody's tunnel."""
+    with contextlib.suppress(CommandFailed):
+        found = re.search(r" dev (\S+)", node.run("ip", *(["-6"] if ":" in address else []), "route", "get", address))
+        if found and found.group(1) != "lo" and OVERLAY_OR_CONTAINER.match(found.group(1)):
+            what = f"packets to {name}'s endpoint {address} go into {found.group(1)}: another VPN has taken the route"
+            yield Finding("bad", "routes", what, f"ip route add {address} via GATEWAY, or exclude it there")
+
+
+def diagnose_mtu(node: Node, actual: Actual) -> Iterator[Finding]:
+    """Full packets to one peer that answers; some seconds at most."""
+    others = (record for record in node.others() if record["key"] in node.fresh and "ip" in record)
+    record = next(others, None)
+    if record is None or not node.run.has("ping"):
+        return
+
+    def answers(size: int) -> bool:
+        with contextlib.suppress(CommandFailed):
+            node.run("ping", "-c", "1", "-W", "1", "-s", str(size - 28), record["ip"])
+            return True
+        return False
+
+    if answers(96) and not (answers(actual.mtu) or answers(actual.mtu)):
+        fits = next((size for size in range(actual.mtu - 40, 576, -80) if answers(size)), 576)
+        what = f"packets of {actual.mtu} bytes to {record['name']} are lost, of {fits} they arrive: the way below is narrower"
+        yield Finding(
+            "bad", "mtu", what, f"netclient-lite join -t TOKEN --mtu {fits} (or netmaker-lite network set NETWORK mtu={fits})"
+        )
+
+
+def cmd_doctor(context: Context, options: Options) -> ExitStatus:
+    """What is wrong on this machine, and the command that cures it. It changes nothing."""
+    dry = Run(dry=True)
+    context = context._replace(run=dry, files=Files(True), system=System(dry, context.paths.root))
+    found: list[tuple[str, Finding]] = [("", each) for each in diagnose_machine(context)]
+    for network in chosen_networks(context, options):
+        try:
+            found += [(network, each) for each in diagnose(context, network)]
+        except (NetclientError, OSError) as bad:
+            found.append((network, Finding("bad", "doctor", f"the rest could not be looked at: {bad}")))
+    listed = [{"network": network, **finding._asdict()} for network, finding in found]
+    if options.json:
+        show_json(listed)
+    else:
+        for network, (level, check, what, cure) in found:
+            print(f"{level:4}  {network + ': ' if network else ''}{check}: {what}" + (f"\n      cure: {cure}" if cure else ""))
+        if all(finding.level == "ok" for _, finding in found):
+            print("nothing is wrong")
+    return ExitStatus.FAILED if any(finding.level == "bad" for _, finding in found) else ExitStatus.OK
+
+
 def cmd_version(context: Context, options: Options) -> ExitStatus:
     print(f"netclient-lite {__version__} (protocol {PROTOCOL})")
     return ExitStatus.OK
@@ -4983,6 +5214,7 @@ COMMANDS = (
     Command("push", cmd_checkin, "tell the server all about this machine again", ("network", "dry-run")),
     Command("list", cmd_list, "the networks of this machine and their nodes, as JSON", ("network", "json")),
     Command("status", cmd_status, "peers: path, endpoint, age of the handshake, traffic", ("network", "json")),
+    Command("doctor", cmd_doctor, "what is wrong on this machine, and what cures it; changes nothing", ("network", "json")),
     Command("daemon", cmd_daemon, "stay, and apply changes within a second", ("server-data",)),
     Command("version", cmd_version, "print the version"),
 )

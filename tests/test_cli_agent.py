@@ -107,8 +107,8 @@ def test_the_help_lists_every_verb(netclient):
 
 
 def test_the_verbs_that_the_docstring_names_are_there():
-    named = re.search(r"^ +COMMANDS +(.*)$", agent.__doc__, re.M).group(1)
-    assert sorted(named.split(", ")) == sorted(VERBS)
+    named = re.search(r"^ +COMMANDS +(.*?)^ +CLI", agent.__doc__, re.M | re.S).group(1)
+    assert sorted(re.split(r",\s+", named.strip())) == sorted(VERBS)
 
 
 def test_version(netclient):
