@@ -1764,9 +1764,10 @@ def folded(source: str) -> str:
     return head + "".join(" " * depth + text + "\n" for depth, text in out)
 
 
-def install_script(template: str, agent_bytes: bytes) -> str:
-    """The install script as the server hands it out: it knows the hash of the agent."""
-    return template.replace("\nAGENT_SHA256=\n", "\nAGENT_SHA256=%s\n" % sha256(agent_bytes).hexdigest(), 1)
+def install_script(template: str, agent_bytes: bytes, look: bytes = b"") -> str:
+    """The install script as the server hands it out: it knows the hashes of the agent and of netclient-look."""
+    script = template.replace("\nAGENT_SHA256=\n", "\nAGENT_SHA256=%s\n" % sha256(agent_bytes).hexdigest(), 1)
+    return script.replace("\nLOOK_SHA256=\n", "\nLOOK_SHA256=%s\n" % sha256(look).hexdigest(), 1) if look else script
 
 
 def install_line(url: str, token: str, script_sha256: str) -> str:
@@ -2578,7 +2579,8 @@ def _client_files(source: tuple[str, int], script: tuple[str, int], look: tuple[
         with open(path, "rb") as stream:
             files[name] = stream.read()
     files["netclient_lite.py"] = slim(files["netclient_lite.py"].decode()).encode()
-    files["install.sh"] = install_script(files["install.sh"].decode(), files["netclient_lite.py"]).encode()
+    known = files["netclient_lite.py"], files.get("netclient-look", b"")
+    files["install.sh"] = install_script(files["install.sh"].decode(), *known).encode()
     return files
 
 

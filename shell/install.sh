@@ -8,10 +8,12 @@
 set -eu
 
 AGENT_SHA256=
+LOOK_SHA256=
 
 NM_SERVER=${NM_SERVER:-}
 # For tests.
 NM_OPENWRT=${NM_OPENWRT:-/etc/openwrt_release}
+NM_OSTREE=${NM_OSTREE:-/run/ostree-booted}
 NM_SBIN=${NM_SBIN:-/usr/sbin:/sbin}
 
 # What is missing is installed: for each family of systems, what is needed and the packages that have it.
@@ -22,13 +24,34 @@ debian wireguard wireguard-go
 openwrt python3 python3-light python3-openssl
 openwrt wg wireguard-tools
 openwrt ip ip-tiny
-openwrt wireguard kmod-wireguard'
+openwrt wireguard kmod-wireguard
+entware python3 python3-light python3-openssl
+entware wg wireguard-tools
+entware ip ip-full
+entware wireguard wireguard-go
+alpine python3 python3
+alpine wg wireguard-tools-wg
+alpine ip iproute2
+alpine wireguard wireguard-go
+redhat python3 python3
+redhat wg wireguard-tools
+redhat ip iproute
+suse python3 python3
+suse wg wireguard-tools
+suse ip iproute2
+arch python3 python
+arch wg wireguard-tools
+arch ip iproute2'
 # Kilobytes on flash or disk that Python takes there, and all the rest.
 ROOM='debian 65536 4096
-openwrt 8192 1024'
+openwrt 8192 1024
+entware 8192 1024
+alpine 49152 4096
+redhat 65536 4096
+suse 65536 4096
+arch 65536 4096'
 
 HOME_OF_AGENT=${NETCLIENT_ROOT:-}/etc/netclient
-RUN_OF_AGENT=${NETCLIENT_ROOT:-}/var/run/netclient
 
 family=none
 manager=none
@@ -43,8 +66,9 @@ install.sh: makes this machine a node of a netmaker-lite network
     KEY=TOKEN NM_SERVER=http://HOST:8081 sh install.sh [--dry-run] [FLAGS OF JOIN…]
     sh install.sh --uninstall [--dry-run]
 
-It installs what is missing (Python, wg, ip, WireGuard) with apt, opkg or apk, fetches netclient_lite.py from the server, compares
-its SHA-256 and runs its join. Again on a joined machine it updates the agent and the settings.
+It installs what is missing (Python, wg, ip, WireGuard) with apt, opkg, apk, dnf, yum, rpm-ostree, zypper or pacman, fetches
+netclient_lite.py and netclient-look from the server, compares their SHA-256 and runs the agent's join. Again on a joined machine
+it updates the agent and the settings.
 
     KEY, NM_TOKEN, -t TOKEN   the access token; -t shows it to whoever lists the processes
     NM_SERVER                 the server's address; by itself the first one in the token
@@ -92,7 +116,41 @@ find_platform() { # another family: a case here, its rows in PACKAGES and ROOM, 
 		if have apk; then manager=apk; else manager=opkg; fi
 	elif have apt-get; then
 		family=debian manager=apt
+	elif [ -f "$NM_OSTREE" ] && have rpm-ostree; then
+		family=redhat manager=ostree
+	elif have dnf; then
+		family=redhat manager=dnf
+	elif have yum; then
+		family=redhat manager=yum
+	elif have zypper; then
+		family=suse manager=zypper
+	elif have pacman; then
+		family=arch manager=pacman
+	elif have apk; then
+		family=alpine manager=apk
+	elif have opkg; then
+		family=entware manager=opkg
 	fi
+}
+
+dnf_add() {
+	quietly dnf -q -y install "$@"
+}
+
+yum_add() {
+	quietly yum -q -y install "$@"
+}
+
+ostree_add() { # into the running system too
+	quietly rpm-ostree install -y --idempotent --apply-live "$@"
+}
+
+zypper_add() {
+	quietly zypper -n -q install --no-recommends "$@"
+}
+
+pacman_add() {
+	quietly pacman -S --noconfirm --needed "$@"
 }
 
 apt_add() { # without recommended packages, of which wireguard-tools has a whole kernel
@@ -185,6 +243,8 @@ provide() { # NEED…: installs what they need and checks that it came
 	local packages left
 	[ $# -gt 0 ] || return 0
 	packages=$(packages_for "$@")
+	[ -n "$packages" ] || [ $dry = no ] || return 0 # only making a link would tell whether it is missing
+	[ -n "$packages" ] || die "no package for this system is known that brings ${*}: this system needs $(by_hand)"
 	[ $dry = yes ] || say "installing ${packages% }"
 	# shellcheck disable=SC2086 # one word per package
 	if ! "${manager}_add" $packages; then
@@ -240,21 +300,34 @@ fetch() { # URL FILE: with whatever is there, and with the next where one fails
 	die "cannot fetch $1 ($tried${said:+: $said}): is the server up, and reachable from this machine?"
 }
 
-fetch_agent() { # FILE
-	local url="$NM_SERVER/meshclient/files/netclient_lite.py"
+fetch_checked() { # FILE SHA256: what the server has under that name
+	local url="$NM_SERVER/meshclient/files/${1##*/}"
 	have sha256sum || have python3 ||
 		die "sha256sum is missing, without which the agent cannot be checked: install coreutils or BusyBox"
 	fetch "$url" "$1"
 	if [ $dry = yes ]; then
-		printf '%s\n' "sha256sum $1    must be $AGENT_SHA256"
-	elif [ "$(sha256_of "$1")" != "$AGENT_SHA256" ]; then
+		printf '%s\n' "sha256sum $1    must be $2"
+	elif [ "$(sha256_of "$1")" != "$2" ]; then
 		case $(head -c 2 "$1") in
 		'#!')
-			die "$url is another agent than this script was made for: the server was updated," \
+			die "$url is another file than this script was made for: the server was updated," \
 				"or somebody changes it on the way; ask for a new line"
 			;;
 		*) die "$url answered with something that is no agent: does a captive portal or a proxy stand between?" ;;
 		esac
+	fi
+}
+
+bin_folder() { # prints where a program is found by cron and init systems
+	if [ $family = entware ]; then printf '%s' /opt/bin; else printf '%s' "${NETCLIENT_ROOT:-}/usr/bin"; fi
+}
+
+install_look() { # FILE: a check-in without Python, for `netclient-lite cron on`
+	local folder
+	folder=$(bin_folder)
+	if ! { run mkdir -p "$folder" && run cp "$1" "$folder/.netclient-look" && run chmod 755 "$folder/.netclient-look" &&
+		run mv "$folder/.netclient-look" "$folder/netclient-look"; }; then
+		say "netclient-look could not be put into $folder: check-ins start Python then"
 	fi
 }
 
@@ -325,13 +398,14 @@ install() { # TOKEN FLAGS OF JOIN…
 	find_platform
 	needs=$(missing python3 wg ip)
 	if [ -n "$needs" ] && [ $family = none ]; then
-		die "no package manager that I know is here (apt, OpenWrt's opkg and apk), and missing: ${needs% }." \
+		die "no package manager that I know is here (apt, dnf, yum, zypper, pacman, apk, opkg), and missing: ${needs% }." \
 			"Install by hand $(by_hand); then run this again"
 	fi
 	# shellcheck disable=SC2086 # one word per need
 	need_room $needs
 	agent=$scratch/netclient_lite.py
-	fetch_agent "$agent"
+	fetch_checked "$agent" "$AGENT_SHA256"
+	[ -z "$LOOK_SHA256" ] || fetch_checked "$scratch/netclient-look" "$LOOK_SHA256"
 	# shellcheck disable=SC2086
 	provide $needs
 	if [ $family != none ]; then
@@ -346,6 +420,7 @@ install() { # TOKEN FLAGS OF JOIN…
 	if [ $result -ne 0 ]; then
 		die "the join failed, for the reason above${installed:+; the packages stay, for another try:$installed}"
 	fi
+	[ -z "$LOOK_SHA256" ] || install_look "$scratch/netclient-look"
 	say "done: $HOME_OF_AGENT/netclient status shows the peers; the same line with --uninstall takes all away again"
 }
 
@@ -356,15 +431,11 @@ uninstall() {
 		say "no netclient-lite is installed in $HOME_OF_AGENT: nothing to do"
 		return
 	fi
-	run "$launcher" leave -n all || die "the agent could not leave its networks: see above; nothing was removed"
-	for file in "$HOME_OF_AGENT"/config/netconfig-*; do
-		[ $dry = yes ] || ! [ -e "$file" ] || die "this machine is still in ${file##*netconfig-}: nothing was removed"
-	done
-	run rm -f "$launcher" "$HOME_OF_AGENT/netclient_lite.py" "$HOME_OF_AGENT/netclient_lite.pyc" "$HOME_OF_AGENT/netclient_quick.pyc"
-	run rm -rf "$RUN_OF_AGENT"
-	for file in "$HOME_OF_AGENT/joining" "$HOME_OF_AGENT/config" "$HOME_OF_AGENT"; do
-		[ ! -d "$file" ] || run rmdir "$file" 2>/dev/null || say "$file stays: it holds files that are not the agent's"
-	done
+	run "$launcher" uninstall || die "the agent could not leave its networks: see above; files of it stay"
+	find_platform
+	file=$(bin_folder)/netclient-look
+	! grep -q 'A check-in without starting Python' "$file" 2>/dev/null || run rm -f "$file"
+	[ $dry = yes ] || [ ! -d "$HOME_OF_AGENT" ] || say "$HOME_OF_AGENT stays: it holds files that are not the agent's"
 }
 
 main() {

@@ -258,6 +258,32 @@ def test_a_bare_openwrt_gets_the_light_python(machine: Machine, manager: str) ->
     assert joined(machine, "--daemon", "off") == calls
 
 
+INSTALLS = {
+    "dnf": "dnf -q -y install python3 wireguard-tools iproute",
+    "yum": "yum -q -y install python3 wireguard-tools iproute",
+    "zypper": "zypper -n -q install --no-recommends python3 wireguard-tools iproute2",
+    "pacman": "pacman -S --noconfirm --needed python wireguard-tools iproute2",
+    "apk": "apk add python3 wireguard-tools-wg iproute2",
+    "opkg": f"opkg install {OPENWRT_PYTHON} wireguard-tools ip-full",  # Entware's
+    "rpm-ostree": "rpm-ostree install -y --idempotent --apply-live python3 wireguard-tools iproute",
+}
+
+
+@pytest.mark.parametrize("manager", INSTALLS)
+def test_each_package_manager_is_asked_for_its_own_names(machine: Machine, manager: str) -> None:
+    machine.have(manager).real("wget").kernel()
+    more = {}
+    if manager == "rpm-ostree":
+        (machine.folder / "ostree").touch()
+        more["NM_OSTREE"] = str(machine.folder / "ostree")
+    done = machine.run("--dry-run", **more)
+    assert done.returncode == 0, done.stderr
+    wanted = INSTALLS[manager]
+    if machine.shell != "dash":  # BusyBox has its own ip
+        wanted = re.sub(r" (iproute2?|ip-full)$", "", wanted)
+    assert wanted in done.stdout.splitlines(), done.stdout
+
+
 def test_what_is_there_is_not_installed(machine: Machine) -> None:
     machine.have("apt-get", "python3", "wg", "ip").real("curl").kernel()
     assert machine.run().returncode == 0
@@ -370,7 +396,7 @@ def test_no_program_that_can_fetch(tmp_path: Path, home: Server) -> None:
 def test_another_agent_a_portal_and_an_error_page_are_refused(machine: Machine) -> None:
     machine.have("apt-get").real("curl")
     for status, body, sentence in (
-        (200, AGENT + b"\nimport evil\n", "another agent than this script was made for"),
+        (200, AGENT + b"\nimport evil\n", "another file than this script was made for"),
         (200, b"<html>Please sign in</html>", "captive portal"),
         (200, b"", "captive portal"),
         (404, b"<html>404</html>", "cannot fetch"),
@@ -506,11 +532,13 @@ def test_the_script_that_is_served_knows_the_agent_that_is_served(home: Server) 
     script, source = (home.get("/meshclient/files/" + name)[2] for name in ("install.sh", "netclient_lite.py"))
     assert source == AGENT
     assert b"\nAGENT_SHA256=%s\n" % hashlib.sha256(source).hexdigest().encode() in script
-    assert script.decode() == netmaker_core.install_script(TEMPLATE, AGENT)
-    assert len([1 for a, b in zip(TEMPLATE.splitlines(), script.decode().splitlines()) if a != b]) == 1
+    look = (REPO / "shell/netclient-look").read_bytes()
+    assert home.get("/meshclient/files/netclient-look")[2] == look
+    assert script.decode() == netmaker_core.install_script(TEMPLATE, AGENT, look)
+    assert len([1 for a, b in zip(TEMPLATE.splitlines(), script.decode().splitlines()) if a != b]) == 2
 
 
-@pytest.mark.parametrize("name", ["install.sh", "netclient_lite.py"])
+@pytest.mark.parametrize("name", ["install.sh", "netclient_lite.py", "netclient-look"])
 def test_files_can_be_asked_for_by_head(home: Server, name: str) -> None:
     said = home.raw(b"HEAD /meshclient/files/%s HTTP/1.0\r\n\r\n" % name.encode())
     head, _, body = said.partition(b"\r\n\r\n")
@@ -595,7 +623,8 @@ def test_from_the_line_to_a_mesh_and_back(lab: Lab) -> None:
 
     nas.run("curl", "-fso", "/root/install.sh", SERVER_URL + "/meshclient/files/install.sh")
     dry = nas.run("sh", "/root/install.sh", "--uninstall", "--dry-run").stdout
-    assert dry.splitlines()[0] == "/etc/netclient/netclient leave -n all"
+    assert dry.splitlines() == ["/etc/netclient/netclient uninstall", "rm -f /usr/bin/netclient-look"]
+    assert nas.run("test", "-x", "/usr/bin/netclient-look", check=False).returncode == 0
     nas.run("sh", "/root/install.sh", "--uninstall")
     after = set(nas.run("find", "/etc", "/var/run/").stdout.split())
     assert after - {"/var/run/wireguard"} == before  # wireguard-go's own folder

@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -81,7 +82,7 @@ def installed(package: str, folder: Path) -> dict[str, str]:
     found = {}
     for path in dest.rglob("*"):
         if path.is_symlink():
-            found["/" + str(path.relative_to(dest))] = "-> " + str(path.readlink())
+            found["/" + str(path.relative_to(dest))] = "-> " + os.readlink(path)
         elif path.is_file():
             found["/" + str(path.relative_to(dest))] = f"{path.stat().st_mode & 0o777:o}"
     return found
