@@ -33,8 +33,8 @@ Contents
     API         one membership's conversation with its server
     RECONCILE   one check-in: exchange, plan, apply, confirm, report
     SERVICE     what makes a check-in happen every 15 s
-    COMMANDS    join, register, leave, connect, disconnect, cron, uninstall, checkin, pull, push, list, status, doctor, daemon,
-                version
+    COMMANDS    join, register, leave, connect, disconnect, cron, uninstall, checkin, pull, push, list, status, doctor, mdns,
+                daemon, version
     CLI         the table of commands, the parser, main
 """
 
@@ -5174,6 +5174,16 @@ def cmd_doctor(context: Context, options: Options) -> ExitStatus:
     return ExitStatus.FAILED if any(finding.level == "bad" for _, finding in found) else ExitStatus.OK
 
 
+def cmd_mdns(context: Context, options: Options) -> ExitStatus:
+    """What another responder of this machine may publish for it: a line a network, port and TXT strings (docs/lan.md)."""
+    need_root("mdns")
+    for network in awake(context):
+        group, node, places = Node.load(context, network).neighbour()
+        if places:
+            print(split_endpoint(places[0])[1], *announced(group, node, places))
+    return ExitStatus.OK
+
+
 def cmd_version(context: Context, options: Options) -> ExitStatus:
     print(f"netclient-lite {__version__} (protocol {PROTOCOL})")
     return ExitStatus.OK
@@ -5215,6 +5225,7 @@ COMMANDS = (
     Command("list", cmd_list, "the networks of this machine and their nodes, as JSON", ("network", "json")),
     Command("status", cmd_status, "peers: path, endpoint, age of the handshake, traffic", ("network", "json")),
     Command("doctor", cmd_doctor, "what is wrong on this machine, and what cures it; changes nothing", ("network", "json")),
+    Command("mdns", cmd_mdns, "print what another mDNS responder may publish for this machine"),
     Command("daemon", cmd_daemon, "stay, and apply changes within a second", ("server-data",)),
     Command("version", cmd_version, "print the version"),
 )

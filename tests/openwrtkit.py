@@ -111,6 +111,7 @@ RC_COMMON = """#!/bin/sh
 procd_open_instance() { instance=$1; }
 procd_set_param() { echo "$instance $*" >>/tmp/procd; }
 procd_close_instance() { :; }
+procd_add_mdns() { echo "$instance mdns $*" >>/tmp/procd; }
 procd_add_reload_trigger() { echo "reload $*" >>/tmp/procd; }
 logger() { :; }
 script=$1 verb=$2

@@ -9,8 +9,6 @@ import pytest
 from lab import Host, Lab, unfit, wait_for
 from mesh import Cron, Member, Mesh
 
-from netclient_lite import announced, unb64
-
 UNFIT = unfit("wg")
 pytestmark = [pytest.mark.lab, pytest.mark.skipif(bool(UNFIT), reason=UNFIT), pytest.mark.timeout(300)]
 
@@ -123,8 +121,8 @@ def test_other_responders_and_browsers_understand(lab: Lab) -> None:
     two.host.reboot()  # with the daemon; it comes back elsewhere, and another program speaks for it
     renumber(two.host, "192.168.7.150", "192.168.7.1")
     two.checkin(check=False)
-    group = json.loads(one.host.read("/var/run/netclient/demo.memory"))["view"]["me"]["group"]
-    texts = announced(unb64(group), node, ["192.168.7.150:51822"])
+    port, *texts = two.host.agent("mdns").stdout.split()
+    assert port == "51822" and "e=192.168.7.150:51822" in texts
     two.host.start(lab.python, "-c", ZEROCONF, "192.168.7.150", json.dumps(texts), node)
     wait_for(
         lambda: one.checkin(check=False) is not None and not one.host.ping(two.address, count=1).lost,

@@ -265,6 +265,10 @@ def test_a_router_from_the_package_to_the_mesh(lab: Lab, tmp_path: Path) -> None
     home.run("fw4", "-q", "reload")
     assert home.run("nft", "list", "ruleset").stdout == rules and not hub.host.ping(nas.ip, count=2).lost
 
+    procd.init("reload")
+    mdns = procd.instances()["checkin"]["mdns"].split()
+    assert mdns[:2] == ["netclient-lite", "udp"] and f"192.168.1.1:{mdns[2]}" in " ".join(mdns[3:])
+
     times = []  # netclient-look writes down when it begins
     for _ in range(4):
         before = home.read("/var/run/netclient/look")
