@@ -12,7 +12,7 @@ from mesh import Mesh
 from vmkit import make_ram_disk, start_vm, unfit_for_vm
 
 UNFIT = unfit("wg") or unfit_for_vm()
-pytestmark = [pytest.mark.lab, pytest.mark.skipif(bool(UNFIT), reason=UNFIT), pytest.mark.timeout(280)]
+pytestmark = [pytest.mark.lab, pytest.mark.skipif(bool(UNFIT), reason=UNFIT), pytest.mark.timeout(480)]
 
 SCRIPT = """
 agent() { python3 -I -S /root/netclient_lite.py "$@"; }
@@ -53,8 +53,8 @@ def test_a_machine_with_wireguard_in_its_kernel(lab: Lab, tmp_path: Path) -> Non
             pytest.fail(home.log()[-4000:])
         return found.group(0) if found else ""
 
-    assert wait_for(lambda: said("== kernel .*"), 90, "the machine to join").split() == ["==", "kernel", "yes", "1280"]
-    wait_for(lambda: hub.checkin() and said("== ready"), 90, "the tunnel")
+    assert wait_for(lambda: said("== kernel .*"), 150, "the machine to join").split() == ["==", "kernel", "yes", "1280"]
+    wait_for(lambda: hub.checkin() and said("== ready"), 150, "the tunnel")
     assert "3 packets received" in said(".*packets transmitted.*")
     assert home.log().count("== same") == 3
     # Debian's BusyBox shows four times the KiB that the kernel tells
@@ -63,5 +63,5 @@ def test_a_machine_with_wireguard_in_its_kernel(lab: Lab, tmp_path: Path) -> Non
     mesh.host.run("ip", "link", "add", "lan0", "type", "veth", "peer", "name", "lan1")
     mesh.host.run("sh", "-c", "ip addr add 10.99.0.1/24 dev lan0; ip link set lan0 up; ip link set lan1 up")
     mesh.admin("node", "egress", "demo", hub.name, "10.99.0.0/24")
-    wait_for(lambda: hub.checkin() and said("== gone"), 60, "the route to come, and the machine to leave")
+    wait_for(lambda: hub.checkin() and said("== gone"), 120, "the route to come, and the machine to leave")
     assert "== changed" in home.log()
