@@ -25,18 +25,8 @@ ROOT = HERE.parent
 FILES = HERE / "netclient-lite/files"
 LIBRARY = "/usr/lib/netclient-lite/netclient_lite.py"
 
-LAUNCHER = f"""#!/bin/sh
-# the launcher that a join makes runs bytecode
-[ ! -x /etc/netclient/netclient ] || exec /etc/netclient/netclient "$@"
-exec python3 {LIBRARY} "$@"
-"""
-# After an upgrade the launcher's bytecode is made anew.
-SETTLE = 'import netclient_lite as a; run = a.Run(); a.settle_in(a.Context(a.Paths(""), run, a.Files(), a.System(run), print))'
-POSTINST = f"""#!/bin/sh
-[ -z "$IPKG_INSTROOT" ] || exit 0
-rm -rf {Path(LIBRARY).parent}/__pycache__
-[ ! -x /etc/netclient/netclient ] || PYTHONPATH={Path(LIBRARY).parent} python3 -c '{SETTLE}'
-if [ -f /etc/uci-defaults/80-netclient ]; then
+# What opkg's default_postinst does for packages of the build system.
+DEFAULT = """if [ -f /etc/uci-defaults/80-netclient ]; then
 	(. /etc/uci-defaults/80-netclient) && rm -f /etc/uci-defaults/80-netclient
 fi
 /etc/init.d/netclient enable
@@ -67,6 +57,14 @@ def field(name: str) -> str:
     return found.group(1).strip()
 
 
+def postinst() -> bytes:
+    """The feed's, and what its build system adds."""
+    found = re.search(r"define Package/netclient-lite/postinst\n(.*?)endef", (HERE / "netclient-lite/Makefile").read_text(), re.S)
+    if not found:
+        raise SystemExit("mkipk.py: the Makefile has no postinst")
+    return (found.group(1).replace("$$", "$") + DEFAULT).encode()
+
+
 def contents() -> list[Item]:
     """The files of the package, sorted."""
     sys.path.insert(0, str(ROOT))
@@ -82,7 +80,7 @@ def contents() -> list[Item]:
     installed["netclient-uci"] = ("/usr/libexec/netclient-uci", 0o755)
     items = [Item(path, mode, (FILES / name).read_bytes()) for name, (path, mode) in installed.items()]
     items.append(Item(LIBRARY, 0o644, agent.encode()))
-    items.append(Item("/usr/bin/netclient-lite", 0o755, LAUNCHER.encode()))
+    items.append(Item("/usr/bin/netclient-lite", 0o755, (FILES / "netclient-lite").read_bytes()))
     items.append(Item("/usr/bin/netclient_lite.py", 0o777, b"", "netclient-lite"))
     items.append(Item("/usr/bin/netclient-look", 0o755, (ROOT / "shell/netclient-look").read_bytes()))
     items.append(Item("/lib/upgrade/keep.d/netclient-lite", 0o644, KEEP.encode()))
@@ -132,7 +130,7 @@ def ipk(items: list[Item]) -> bytes:
     }
     control = "".join(f"{name}: {value}\n" for name, value in lines.items())
     parts = [Item("control", 0o644, control.encode()), Item("conffiles", 0o644, b"/etc/config/netclient\n")]
-    parts += [Item("postinst", 0o755, POSTINST.encode()), Item("prerm", 0o755, PRERM.encode())]
+    parts += [Item("postinst", 0o755, postinst()), Item("prerm", 0o755, PRERM.encode())]
     outer = [Item("debian-binary", 0o644, b"2.0\n"), Item("control.tar.gz", 0o644, packed(archive(parts)))]
     return packed(archive([*outer, Item("data.tar.gz", 0o644, packed(archive(items)))]))
 
@@ -145,7 +143,7 @@ def apk(items: list[Item]) -> bytes:
     said += [("size", str(sum(len(item.data) for item in items))), *(("depend", name) for name in depends())]
     said.append(("datahash", hashlib.sha256(data).hexdigest()))
     info = "".join(f"{name} = {value}\n" for name, value in said)
-    scripts = [Item(".post-install", 0o755, POSTINST.encode()), Item(".post-upgrade", 0o755, POSTINST.encode())]
+    scripts = [Item(".post-install", 0o755, postinst()), Item(".post-upgrade", 0o755, postinst())]
     parts = [Item(".PKGINFO", 0o644, info.encode()), *scripts, Item(".pre-deinstall", 0o755, PRERM.encode())]
     return packed(archive(parts, dot="", ended=False)) + data
 

@@ -98,8 +98,8 @@ def test_the_feeds_package_installs(tmp_path: Path) -> None:
         "/etc/uci-defaults/80-netclient": "644",
         "/usr/bin/netclient-lite": "755",
         "/usr/bin/netclient-look": "755",
-        "/usr/bin/netclient_lite.py": "-> netclient-lite",  # a file of that name would be deleted as a source
-        "/usr/lib/python3.13/site-packages/netclient_lite.py": "644",
+        "/usr/bin/netclient_lite.py": "-> netclient-lite",
+        "/usr/lib/netclient-lite/netclient_lite.py": "644",
         "/usr/libexec/netclient-uci": "755",
     }
 
@@ -276,6 +276,10 @@ def test_a_router_from_the_package_to_the_mesh(lab: Lab, tmp_path: Path) -> None
         times.append(time.monotonic())
     gaps = [late - early for early, late in zip(times, times[1:])]
     assert all(13 <= gap <= 17.5 for gap in gaps), gaps
+
+    home.run("sh", "-c", "echo '# newer' >>/usr/lib/netclient-lite/netclient_lite.py; rm /etc/netclient/netclient_quick.pyc")
+    home.run("sh", "/tmp/pk/postinst")  # an upgrade
+    assert home.run("test", "-f", "/etc/netclient/netclient_quick.pyc", check=False).returncode == 0
 
     home.run("sh", "-c", "sed -i \"s/option enabled '1'/option enabled '0'/\" /etc/config/netclient")
     home.run("/usr/libexec/netclient-uci")
