@@ -1526,8 +1526,11 @@ def choose_endpoint(record: Fields, place: Place, live: str, fresh: bool, turn: 
     """
     known = candidates(record, place)
     near = proven_local(record, place) and not record.get("static") and ("found" in record or not place.local_only)
-    if fresh:
-        return known[0] if near and not deaf else ""
+    if (
+        fresh
+    ):  # in the LAN already it stays where it is, unless the peer just answered elsewhere: the server may know an older place
+        lives = bool(live) and inside(split_endpoint(live)[0], place.subnets) and "found" not in record
+        return known[0] if near and not deaf and not lives else ""
     if near and deaf:
         known = [*known[1:], known[0]]
     if saved and not live and saved not in known and not place.local_only and not record.get("static"):

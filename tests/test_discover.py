@@ -63,6 +63,14 @@ def test_an_endpoint_heard_of_is_tried_first_and_moves_a_fresh_session_only_in_t
         assert chosen == PLACES[0]
 
 
+def test_a_session_in_the_lan_is_not_moved_to_an_older_place_that_the_server_knows():
+    near = Place("", ("192.168.7.2/24",), "gateway")
+    record = {"seen": "203.0.113.7:51821", "local": "192.168.7.9:51821", "lan": "gateway"}
+    assert choose_endpoint(record, near, "203.0.113.7:51821", True, 0) == "192.168.7.9:51821"
+    assert choose_endpoint(record, near, "192.168.7.20:51821", True, 0) == ""
+    assert choose_endpoint({**record, "found": "192.168.7.30:51821"}, near, "192.168.7.20:51821", True, 0) == "192.168.7.30:51821"
+
+
 @pytest.mark.lab
 @pytest.mark.skipif(bool(UNFIT), reason=UNFIT)
 @pytest.mark.timeout(240)

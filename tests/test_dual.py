@@ -143,7 +143,7 @@ def test_a_pair_without_a_common_family_is_told_as_mute_after_a_minute(tmp_path)
     told = agent.report(node.memory, node._live, set(), {}, {}, agent.time.monotonic(), lone)
     assert told["mute"][node_of("b")] is True
     peers = {peer["name"]: peer for peer in agent.status_of(node)["peers"]}
-    assert peers["b"]["path"] == "none" and "IPv6 only" in peers["b"]["why"] and peers["c"]["why"] == ""
+    assert peers["b"]["path"] == "none" and "IPv6 only" in peers["b"]["why"] and peers["c"]["why"] == "no answer yet"
     node.system.sources = lambda: {4: "192.168.1.10", 6: "2001:db8:1::10"}
     standing.settle()
     assert standing.kernel.actual().peers[key_like("b")].endpoint == SEEN6
